@@ -1,1 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
+"""
+Backends: how sites are found, statistics gathered and pruning inserted in a kind of model.
+
+Each backend is a package with the functions of :class:`Backend`; algorithms speak to models through them only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import nncf
+from nncf.common.tensor_statistics.collectors import TensorCollector
+from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
+from nncf.common.utils.backend import BackendType, get_backend
+
+from scap_nncf.algorithms.plan import Plan, SitePlan
+from scap_nncf.algorithms.scap.histogram import ActivationHistogram
+from scap_nncf.algorithms.sites import ModelReport, Site
+
+
+class Backend(Protocol):
+    """What a backend package provides as module-level functions."""
+
+    def inspect_model(
+        self,
+        model: Any,
+        sample: Any = None,
+        selected_roles: Sequence[str] | None = None,
+        ignored_scope: nncf.IgnoredScope | None = None,
+        wanted: Sequence[str] = (),
+    ) -> ModelReport:
+        """Sites of a model and what stays dense."""
+
+    def statistic_points(
+        self, sites: Sequence[Site], make_collector: Callable[[], TensorCollector]
+    ) -> StatisticPointsContainer:
+        """One statistic point a site."""
+
+    def collect(
+        self, model: Any, points: StatisticPointsContainer, samples: Iterable[Any], total: int | None = None
+    ) -> int:
+        """Run the samples, leave statistics in the points; returns the number of samples."""
+
+    def collect_sequential(
+        self,
+        model: Any,
+        sites: Sequence[Site],
+        points: StatisticPointsContainer,
+        samples: Sequence[Any],
+        decide: Callable[[Site, ActivationHistogram], SitePlan | None],
+    ) -> int:
+        """As `collect`, each site on the pruned output of the sites before it."""
+
+    def histograms_of(self, points: StatisticPointsContainer) -> dict[str, ActivationHistogram]:
+        """What `collect` gathered, by site name."""
+
+    def shapes_of(self, model: Any) -> dict[str, tuple[int, int]]:
+        """(in_features, out_features) of every FC layer by name."""
+
+    def working_copy(self, model: Any) -> Any:
+        """The model to change: itself where hooks are removable (torch), a clone where the graph changes (OpenVINO)."""
+
+    def insert(self, model: Any, plan: Plan) -> None:
+        """Insert the pruning of a fitting plan, in place, into a model that has none."""
+
+    def remove(self, model: Any) -> None:
+        """Take all pruning out, in place; the model is as it was."""
+
+    def set_enabled(self, model: Any, enabled: bool) -> None:
+        """Switch all pruning on or off."""
+
+    def counts(self, model: Any) -> dict[str, tuple[int, int]]:
+        """Zeros and values counted at the input of each pruned layer since the last reset."""
+
+    def reset_counts(self, model: Any) -> None:
+        """Start counting anew."""
+
+    def store_controller(self, model: Any, controller: Any) -> None:
+        """Keep a controller with the model, or forget it (None)."""
+
+    def stored_controller(self, model: Any) -> Any:
+        """The controller kept with the model, or None."""
+
+
+def backend_of(model: Any) -> Backend:
+    """
+    The backend of a model.
+
+    :raises nncf.UnsupportedBackendError: neither a PyTorch module nor an OpenVINO model.
+    """
+    try:
+        kind = get_backend(model)
+    except nncf.UnsupportedBackendError:
+        kind = None
+    if kind == BackendType.TORCH:
+        from scap_nncf.algorithms.backends import torch as torch_backend
+
+        return torch_backend
+    msg = (
+        f"Activation sparsity supports PyTorch modules, got {type(model).__name__}"
+        f"{'' if kind is None else f' ({kind.value})'}."
+    )
+    raise nncf.UnsupportedBackendError(msg)

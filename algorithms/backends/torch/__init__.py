@@ -1,1 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
+"""PyTorch backend: sites from a watched forward pass, statistics and pruning through module hooks."""
+
+from scap_nncf.algorithms.backends.torch.collect import collect, collect_sequential, histograms_of, statistic_points
+from scap_nncf.algorithms.backends.torch.discover import inspect_model
+from scap_nncf.algorithms.backends.torch.layers import shapes_of
+from scap_nncf.algorithms.backends.torch.prune import (
+    counts,
+    insert,
+    remove,
+    reset_counts,
+    set_enabled,
+    store_controller,
+    stored_controller,
+    working_copy,
+)
+
+__all__ = [
+    "collect",
+    "collect_sequential",
+    "counts",
+    "histograms_of",
+    "insert",
+    "inspect_model",
+    "remove",
+    "reset_counts",
+    "set_enabled",
+    "shapes_of",
+    "statistic_points",
+    "store_controller",
+    "stored_controller",
+    "working_copy",
+]

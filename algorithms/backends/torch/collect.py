@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activation statistics of a PyTorch model: dense in one streaming pass, or site after site (sequential)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import nncf
+import torch
+from nncf.common.graph.transformations.commands import TargetPoint, TargetType
+from nncf.common.logging.track_progress import track
+from nncf.common.tensor_statistics.collectors import TensorCollector
+from nncf.common.tensor_statistics.statistic_point import StatisticPoint, StatisticPointsContainer
+from nncf.tensor import Tensor
+from torch import nn
+
+from scap_nncf.algorithms.backends.torch.layers import input_argument
+from scap_nncf.algorithms.backends.torch.run import attention_mask, evaluation, forward_sample
+from scap_nncf.algorithms.backends.torch.prune import correction
+from scap_nncf.algorithms.plan import SitePlan
+from scap_nncf.algorithms.scap.histogram import ActivationHistogram
+from scap_nncf.algorithms.scap.statistics import HistogramStatistic
+from scap_nncf.algorithms.sites import Site
+from scap_nncf.kernels.reference import prune
+
+ALGORITHM = "scap"
+
+
+class SitePoint(TargetPoint):
+    """NNCF target point of a site: the input of the module that reads it first."""
+
+    def __init__(self, module_name: str) -> None:
+        super().__init__(TargetType.PRE_LAYER_OPERATION)
+        self.target_node_name = module_name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SitePoint) and other.target_node_name == self.target_node_name
+
+    def __hash__(self) -> int:
+        return hash(self.target_node_name)
+
+
+def statistic_points(
+    sites: Sequence[Site], make_collector: Callable[[], TensorCollector]
+) -> StatisticPointsContainer:
+    """One collector a site, whatever the number of layers that read it."""
+    points = StatisticPointsContainer()
+    for site in sites:
+        points.add_statistic_point(StatisticPoint(SitePoint(site.name), make_collector(), ALGORITHM))
+    return points
+
+
+def collect(
+    model: nn.Module, points: StatisticPointsContainer, samples: Iterable[Any], total: int | None = None
+) -> int:
+    """
+    Run the samples through the model and gather statistics at the points, in one streaming pass.
+
+    Positions where the sample's ``attention_mask`` is 0 do not count.
+
+    :param points: gathers are left in its collectors.
+    :param samples: what the model can be called with, one after the other.
+    :param total: number of samples, for the progress bar.
+    :return: number of samples seen.
+    :raises nncf.ValidationError: no sample, a sample that the model cannot take, or NaN or Inf at a site.
+    """
+    recorder = _Recorder(points)
+    count = 0
+    with evaluation(model), recorder.attached(model):
+        for index, sample in enumerate(track(samples, total=total, description="Calibrating activations")):
+            recorder.begin(f"sample {index}", attention_mask(sample))
+            forward_sample(model, sample, f"sample {index}")
+            count += 1
+    if count == 0:
+        raise nncf.ValidationError(EMPTY_DATASET)
+    return count
+
+
+EMPTY_DATASET = "The calibration dataset is empty; give at least one sample."
+
+
+class _Recorder:
+    """Feeds the collectors of the points from module pre-hooks."""
+
+    def __init__(self, points: StatisticPointsContainer) -> None:
+        self.collectors = {
+            point.target_point.target_node_name: collector  # type: ignore[attr-defined]
+            for _, point, collector in points.get_tensor_collectors()
+        }
+        self._current = threading.local()
+
+    def begin(self, sample_name: str, mask: torch.Tensor | None) -> None:
+        self._current.sample_name = sample_name
+        self._current.mask = mask
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        handles = []
+        try:
+            for name in self.collectors:
+                module = model.get_submodule(name)
+
+                def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                    self.record(name, input_argument(args, kwargs))
+
+                # first of all hooks: statistics are of what arrives, before any pruner
+                handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def record(self, name: str, x: torch.Tensor) -> None:
+        """Add an activation [..., IC] of the current sample to a site's statistic."""
+        x = _without_padding(x, self._current.mask)
+        if x.numel() == 0:  # an expert that no token reached
+            return
+        collector = self.collectors[name]
+        collector.register_input_for_all_reducers(Tensor(x))
+        if not bool(torch.isfinite(x.sum(dtype=torch.float32))) and not bool(torch.isfinite(x).all()):
+            msg = (
+                f"The input of {name} has NaN or Inf values in {self._current.sample_name}. Check the model's dtype and "
+                "the sample; half precision may overflow (try bfloat16 or float32)."
+            )
+            raise nncf.ValidationError(msg)
+
+
+def _without_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Rows [n, IC] of an activation [B, T, IC] or [B·T, IC] that the mask [B, T] keeps; x itself where it does not fit."""
+    if mask is None or x.numel() // x.shape[-1] != mask.numel():
+        return x
+    return x.reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device) != 0]
+
+
+def histograms_of(points: StatisticPointsContainer) -> dict[str, ActivationHistogram]:
+    """
+    Site name → activation histogram.
+
+    :raises nncf.ValidationError: a site never ran.
+    """
+    result = {}
+    for _, point, collector in points.get_tensor_collectors():
+        statistic = collector.get_statistics()
+        assert isinstance(statistic, HistogramStatistic)
+        result[point.target_point.target_node_name] = statistic.to_histogram()  # type: ignore[attr-defined]
+    silent = [name for name, histogram in result.items() if histogram.total == 0]
+    if silent:
+        msg = (
+            f"{len(silent)} of {len(result)} sites never ran during calibration: {', '.join(silent[:5])}"
+            f"{' ...' if len(silent) > 5 else ''}. Use samples that reach them, or leave them out with ignored_scope."
+        )
+        raise nncf.ValidationError(msg)
+    return result
+
+
+# -- sequential ------------------------------------------------------------------------------------------------------
+
+
+def collect_sequential(
+    model: nn.Module,
+    sites: Sequence[Site],
+    points: StatisticPointsContainer,
+    samples: Sequence[Any],
+    decide: Callable[[Site, ActivationHistogram], SitePlan],
+) -> int:
+    """
+    Calibrate site after site, each on the pruned output of the sites before it, as the reference implementation does.
+
+    All samples advance together: every sample's forward pass runs in a thread of its own and waits at each site until
+    all samples have reached it; then `decide` sets the site's mode and thresholds, and the threads go on with its
+    input pruned. Only one thread runs at a time. So each site is run once a sample, whatever the architecture, and
+    what is held between sites are the live activations of each sample (a few hidden states), as in block-by-block
+    calibration.
+
+    :param sites: in the order of execution.
+    :param points: one statistic point a site; the statistics are left in its collectors.
+    :param decide: gives the plan of a site from its histogram.
+    :return: number of samples.
+    :raises nncf.ValidationError: as :func:`collect`.
+    """
+    if not samples:
+        raise nncf.ValidationError(EMPTY_DATASET)
+    lockstep = _Lockstep({site.name: index for index, site in enumerate(sites)})
+    recorder = _Recorder(points)
+    by_name = {site.name: site for site in sites}
+    decided: dict[str, SitePlan] = {}
+    corrections: dict[str, torch.Tensor] = {}
+
+    def make_hooks(site: Site, position: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        name = site.layers[position].name
+
+        def pre_hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = input_argument(args, kwargs)
+            if position == 0 and site.name not in decided:
+                recorder.record(site.name, x)
+                lockstep.wait_at(site.name)
+            if site.name not in decided:  # another layer reached the tensor first in this sample
+                return None
+            z = prune(x, decided[site.name].mode, decided[site.name].layers[position].threshold)
+            return ((z, *args[1:]), kwargs) if args else (args, {next(iter(kwargs)): z})
+
+        def post_hook(_module: nn.Module, _args: Any, output: torch.Tensor) -> Any:
+            return output + corrections[name].to(output.dtype) if name in corrections else None
+
+        return pre_hook, post_hook
+
+    def run(index: int, sample: Any) -> None:
+        with torch.no_grad():
+            recorder.begin(f"sample {index}", attention_mask(sample))
+            forward_sample(model, sample, f"sample {index}")
+
+    handles = []
+    with evaluation(model):
+        try:
+            for site in sites:
+                for position, layer in enumerate(site.layers):
+                    module = model.get_submodule(layer.name)
+                    pre_hook, post_hook = make_hooks(site, position)
+                    handles.append(module.register_forward_pre_hook(pre_hook, prepend=True, with_kwargs=True))
+                    handles.append(module.register_forward_hook(post_hook))
+            jobs = [lambda index=index, sample=sample: run(index, sample) for index, sample in enumerate(samples)]
+            for name in track(lockstep.run(jobs), total=len(sites), description="Calibrating sites in sequence"):
+                statistic = recorder.collectors[name].get_statistics()
+                assert isinstance(statistic, HistogramStatistic)
+                plan = decide(by_name[name], statistic.to_histogram())
+                if plan.mode != 0.0:
+                    corrections.update({layer.name: correction(model, plan, layer) for layer in plan.layers})
+                decided[name] = plan
+        finally:
+            lockstep.stop()
+            for handle in handles:
+                handle.remove()
+    return len(samples)
+
+
+class _Stopped(BaseException):
+    """Unwinds a waiting thread after a failure elsewhere."""
+
+
+class _Lockstep:
+    """Runs jobs in threads, one at a time, that meet at named points."""
+
+    def __init__(self, order: dict[str, int]) -> None:
+        self._order = order
+        self._lock = threading.Condition()
+        self._waiting: dict[int, str] = {}  # job → point where it waits
+        self._running: int | None = None
+        self._error: BaseException | None = None
+        self._stopping = False
+        self._threads: list[threading.Thread] = []
+        self._local = threading.local()
+
+    def wait_at(self, point: str) -> None:
+        """Called by a job: hand over to the next job until the point is released."""
+        job = self._local.job
+        with self._lock:
+            self._waiting[job] = point
+            self._running = None
+            self._lock.notify_all()
+            self._lock.wait_for(lambda: self._running == job or self._stopping)
+            if self._stopping:
+                raise _Stopped
+            del self._waiting[job]
+
+    def run(self, jobs: Sequence[Callable[[], None]]) -> Iterator[str]:
+        """Yields each point once all jobs that pass it wait there; going on releases them."""
+        for job, work in enumerate(jobs):
+            thread = threading.Thread(target=self._work, args=(job, work), daemon=True)
+            self._threads.append(thread)
+            with self._lock:
+                self._running = job
+                thread.start()
+                self._lock.wait_for(lambda: self._running is None)
+            self._raise()
+        while self._waiting:
+            point = min(self._waiting.values(), key=self._order.__getitem__)
+            yield point
+            for job in [job for job, place in self._waiting.items() if place == point]:
+                with self._lock:
+                    self._running = job
+                    self._lock.notify_all()
+                    self._lock.wait_for(lambda: self._running is None)
+                self._raise()
+
+    def _work(self, job: int, work: Callable[[], None]) -> None:
+        self._local.job = job
+        error: BaseException | None = None
+        try:
+            work()
+        except _Stopped:
+            pass
+        except BaseException as raised:  # handed to the main thread
+            error = raised
+        with self._lock:
+            self._waiting.pop(job, None)
+            if error is not None:
+                self._error = error
+            self._running = None
+            self._lock.notify_all()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """End all threads, also after a failure."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+        for thread in self._threads:
+            thread.join()

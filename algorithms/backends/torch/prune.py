@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Simulated pruning of a PyTorch model: hooks on FC modules, nothing in the model's code or weights changes.
+
+Each pruned layer gets a forward pre-hook that computes ``z = x − η`` with small values dropped, and, where η is not
+zero, a forward hook that adds ``η·W`` (equation 6 of the SCAP paper). Works for any module that computes an FC layer,
+inside models wrapped by NNCF, under ``torch.compile`` and for export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from scap_nncf.algorithms.backends.torch.layers import input_argument
+from scap_nncf.algorithms.backends.torch.weights import column_sums
+from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan
+from scap_nncf.kernels.reference import prune
+
+_CONTROLLER = "_scap_controller"
+CORRECTION = "scap_mode_correction"  # non-persistent buffer [OC]: follows the module's device, is not saved
+
+
+class Pruner:
+    """
+    The pruning at the input of one FC layer.
+
+    :param mode: η.
+    :param threshold: τ; negative keeps every value.
+    :param decode_only: prune only tokens that come alone (sequence length 1).
+    """
+
+    def __init__(self, layer: LayerPlan, mode: float, decode_only: bool) -> None:
+        self.layer = layer
+        # a layer that keeps everything is not centred either: its output is that of the dense layer, bit for bit
+        self.mode = mode if layer.threshold >= 0 else 0.0
+        self.threshold = layer.threshold
+        self.decode_only = decode_only
+        self.enabled = True
+        self.counting = True
+        self.zeros: torch.Tensor | int = 0
+        self.total = 0
+
+    def active(self, x: torch.Tensor) -> bool:
+        """Whether this call is pruned, from the policy and the shape [..., T, IC]."""
+        if not self.enabled:
+            return False
+        if not self.decode_only:
+            return True
+        tokens = x.shape[-2] if x.dim() >= 2 else 1
+        return tokens == 1
+
+    def pre_hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = input_argument(args, kwargs)
+        if not self.active(x):
+            return None
+        z = prune(x, self.mode, self.threshold)
+        if self.counting and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self.zeros = self.zeros + (z == 0).sum()  # stays on the device: no synchronisation
+            self.total += z.numel()
+        if args:
+            return (z, *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: z}
+
+    def post_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> Any:
+        if not self.active(input_argument(args, kwargs)):
+            return None
+        return output + getattr(module, CORRECTION)
+
+    def reset(self) -> None:
+        """Forget the counts."""
+        self.zeros, self.total = 0, 0
+
+
+def named_pruners(model: nn.Module) -> Iterator[tuple[nn.Module, Pruner]]:
+    """Every pruned module with its pruner."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Pruner):
+                yield module, owner
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """The model itself: hooks are added and removed without a trace."""
+    return model
+
+
+def insert(model: nn.Module, plan: Plan) -> None:
+    """
+    Attach the pruners of a plan. The plan must fit (see :meth:`Plan.bind`), and the model must have none yet.
+
+    Nothing is attached if anything fails.
+    """
+    corrections = {
+        layer.name: correction(model, site, layer)
+        for site in plan.sites
+        for layer in site.layers
+        if site.mode != 0.0 and layer.threshold >= 0
+    }
+    for site in plan.sites:
+        for layer in site.layers:
+            pruner = Pruner(layer, site.mode, plan.prune == "decode")
+            attach(model.get_submodule(layer.name), pruner, corrections.get(layer.name))
+
+
+def correction(model: nn.Module, site: SitePlan, layer: LayerPlan) -> torch.Tensor:
+    """η·W of one layer, float32 [OC]."""
+    return site.mode * column_sums(model, layer.name)
+
+
+def attach(module: nn.Module, pruner: Pruner, mode_correction: torch.Tensor | None) -> None:
+    """Hook a pruner onto its FC module; `mode_correction` is η·W [OC], or None where η = 0."""
+    module.register_forward_pre_hook(pruner.pre_hook, with_kwargs=True)
+    if mode_correction is not None:
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        module.register_buffer(CORRECTION, mode_correction.to(dtype), persistent=False)
+        module.register_forward_hook(pruner.post_hook, with_kwargs=True)
+
+
+def remove(model: nn.Module) -> None:
+    """Detach every pruner: the model is as it was."""
+    for module in model.modules():
+        for hooks, extra in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            ours = [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Pruner)]
+            for key in ours:
+                del hooks[key]
+                extra.pop(key, None)
+        if CORRECTION in module._buffers:
+            del module._buffers[CORRECTION]
+            module._non_persistent_buffers_set.discard(CORRECTION)
+
+
+def set_enabled(model: nn.Module, enabled: bool) -> None:
+    """Switch all pruning on or off."""
+    for _, pruner in named_pruners(model):
+        pruner.enabled = enabled
+
+
+def counts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Zeros and values counted at the input of each pruned layer since the last reset; padding counts as well."""
+    return {pruner.layer.name: (int(pruner.zeros), pruner.total) for _, pruner in named_pruners(model)}
+
+
+def reset_counts(model: nn.Module) -> None:
+    """Start counting anew."""
+    for _, pruner in named_pruners(model):
+        pruner.reset()
+
+
+def store_controller(model: nn.Module, controller: Any) -> None:
+    """Keep a controller with the model, or forget it (None)."""
+    if controller is None:
+        model.__dict__.pop(_CONTROLLER, None)
+    else:
+        model.__dict__[_CONTROLLER] = controller
+
+
+def stored_controller(model: nn.Module) -> Any:
+    """The controller kept with the model, also behind the wrapper of ``torch.compile``."""
+    return getattr(model, "_orig_mod", model).__dict__.get(_CONTROLLER)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Column sums of weights, for the fused bias b + η·W of mode centring (SCAP paper, equation 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def column_sums(model: nn.Module, name: str) -> torch.Tensor:
+    """
+    ``sum over input channels of W[:, n]`` of an FC layer: what the layer adds for an input of ones.
+
+    Plain floating-point weights are summed in float64. Any other weight format is asked for its result,
+    ``FC(ones) − FC(zeros)``, which needs no knowledge of the format and takes the weights that will run. Models
+    compressed by NNCF decompress weights in hooks that run only inside the model's forward; those hooks are applied here.
+
+    :param name: module name of the layer in the model.
+    :return: float32 [out_features] on the layer's device.
+    """
+    module = model.get_submodule(name)
+    weight = getattr(module, "weight", None)
+    if _is_wrapped(model) and isinstance(weight, torch.Tensor):
+        return _nncf_column_sums(model, name, weight)
+    if type(module) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point():
+        return weight.detach().sum(dim=1, dtype=torch.float64).float()
+    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        return weight.detach().sum(dim=0, dtype=torch.float64).float()
+    return _probe(module)
+
+
+def _probe(module: nn.Module) -> torch.Tensor:
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, torch.Tensor):
+        dtype = bias.dtype
+    rows = torch.stack([torch.ones(module.in_features), torch.zeros(module.in_features)])  # type: ignore[arg-type]
+    with torch.no_grad():
+        ones, zeros = module.forward(rows.to(device, dtype)).float()  # forward: no hooks of ours or others
+    return ones - zeros
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    from nncf.torch.function_hook.wrapper import is_wrapped
+
+    return is_wrapped(model)
+
+
+def _nncf_column_sums(model: nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
+    from nncf.torch.function_hook.wrapper import get_hook_storage
+
+    storage = get_hook_storage(model)
+    with torch.no_grad():
+        dense = storage.execute_post_function_hooks(f"{name}.weight", 0, weight)
+        transposed = type(model.get_submodule(name)).__name__ == "Conv1D"
+        matrix = dense if transposed else dense.t()  # [IC, OC]
+        # AWQ multiplies the activation by a vector right before the matrix product
+        operation = name.replace(".", "/") + ("/addmm/0" if transposed else "/linear/0")
+        ones = torch.ones(1, matrix.shape[0], dtype=torch.float32, device=matrix.device)
+        scale = storage.execute_pre_function_hooks(operation, 1 if transposed else 0, ones)
+    return (scale.double() @ matrix.double()).reshape(-1).float()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration data: whatever the user holds, as samples that the model can be called with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import nncf
+
+#: Tokens kept of each text, as in the paper's calibration (section 4 uses 256); longer texts are truncated.
+DEFAULT_TEXT_LENGTH = 256
+
+
+class Samples:
+    """
+    A calibration dataset as an iterable of samples that can be looked into without losing the first one.
+
+    :param dataset: a ``nncf.Dataset``; an iterable of tensors, mappings or tuples; texts with a `tokenizer`; or a
+        ``datasets.Dataset`` with the column ``input_ids``, or ``text`` with a `tokenizer`.
+    :param tokenizer: a transformers tokenizer, for texts.
+    :param subset_size: at most this many samples; None for all.
+    :raises nncf.ValidationError: no dataset, or texts without a tokenizer.
+    """
+
+    def __init__(self, dataset: Any, tokenizer: Any = None, subset_size: int | None = None) -> None:
+        if dataset is None:
+            msg = "Calibration needs a dataset: pass dataset=nncf.Dataset(...), or plan= to reuse a calibration."
+            raise nncf.ValidationError(msg)
+        if isinstance(dataset, (str, bytes, Mapping)) or not (
+            isinstance(dataset, nncf.Dataset) or hasattr(dataset, "__iter__")
+        ):
+            msg = (
+                f"dataset must be a nncf.Dataset or an iterable of samples, got {type(dataset).__name__}. "
+                "Wrap a single sample or text into a list."
+            )
+            raise nncf.ValidationError(msg)
+        self._tokenizer = tokenizer
+        source = dataset.get_inference_data() if isinstance(dataset, nncf.Dataset) else dataset
+        self._iterator = itertools.islice(iter(source), subset_size)
+        length = dataset.get_length() if isinstance(dataset, nncf.Dataset) else getattr(dataset, "__len__", lambda: None)()
+        self.total: int | None = length if subset_size is None or length is None else min(length, subset_size)
+
+    def first(self) -> Any:
+        """
+        The first sample; it is still part of the iteration.
+
+        :raises nncf.ValidationError: the dataset is empty.
+        """
+        try:
+            item = next(self._iterator)
+        except StopIteration:
+            msg = "The calibration dataset is empty; give at least one sample."
+            raise nncf.ValidationError(msg) from None
+        self._iterator = itertools.chain([item], self._iterator)  # type: ignore[assignment]
+        return self._prepare(item)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._prepare, self._iterator)
+
+    def _prepare(self, item: Any) -> Any:
+        if isinstance(item, str):
+            return self._encode(item)
+        if isinstance(item, Mapping):
+            if isinstance(item.get("input_ids"), Sequence):  # a row of datasets.Dataset: lists, not tensors
+                import torch
+
+                keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in item]
+                rows = {key: torch.as_tensor(item[key], dtype=torch.int64) for key in keys}
+                return {key: row.unsqueeze(0) if row.dim() == 1 else row for key, row in rows.items()}
+            if isinstance(item.get("text"), str):
+                return self._encode(item["text"])
+        return item
+
+    def _encode(self, text: str) -> dict[str, Any]:
+        if self._tokenizer is None:
+            msg = "The dataset holds texts; pass tokenizer= to turn them into model inputs."
+            raise nncf.ValidationError(msg)
+        encoded = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=DEFAULT_TEXT_LENGTH)
+        if encoded["input_ids"].shape[-1] == 0:
+            msg = f"The tokenizer makes no tokens of the text {text[:40]!r}; leave empty texts out of the dataset."
+            raise nncf.ValidationError(msg)
+        return dict(encoded)
+
+

@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The plan: the portable result of a calibration.
+
+A plan says for every site which layers read it, the mode η, and for each layer the threshold τ and the target sparsity.
+It is JSON with a schema version; vectors and statistics go into safetensors beside it. A plan made on a PyTorch model
+applies to its OpenVINO IR and the other way round. Loading parses data only; nothing in a plan is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import nncf
+import numpy as np
+
+from scap_nncf.algorithms import roles
+from scap_nncf.algorithms.sites import Layer, Site
+
+SCHEMA = "scap-nncf.plan"
+SCHEMA_VERSION = 1
+PLAN_FILE = "plan.json"
+REFERENCE_FILE = "calibrated_thresholds.json"
+MAX_PLAN_BYTES = 256 << 20
+
+PRUNE_POLICIES = ("all", "decode")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """
+    What happens at the input of one FC layer.
+
+    :param threshold: τ; values with ``|x − η| <= τ`` are dropped, and a negative τ drops nothing.
+    :param sparsity: target sparsity s in [0, 1).
+    :param in_features: input channels, or 0 where unknown (plans imported from the reference).
+    :param out_features: output channels, or 0 where unknown.
+    """
+
+    name: str
+    role: str
+    in_features: int
+    out_features: int
+    threshold: float
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One pruned tensor: its mode η (a scalar), how it was found, and the layers that read it."""
+
+    name: str
+    block: int | None
+    mode: float
+    mode_method: str
+    layers: tuple[LayerPlan, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    :param algorithm: name in the registry of algorithms.
+    :param prune: ``all`` prunes every token, ``decode`` only tokens that come alone (the paper's runtime).
+    :param made_by: versions, settings and sample counts, for the reader.
+    :param statistics: name and SHA-256 of the statistics file beside the plan, if there is one.
+    """
+
+    sites: tuple[SitePlan, ...]
+    algorithm: str = "scap"
+    prune: str = "all"
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Mapping[str, str] | None = None
+
+    @property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """All layers, in the order of execution."""
+        return tuple(layer for site in self.sites for layer in site.layers)
+
+    def with_prune(self, prune: str) -> Plan:
+        """The same plan with another token policy."""
+        return replace(self, prune=check_prune(prune))
+
+    # -- JSON ----------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The plan as JSON text; equal plans give equal text."""
+        data = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        if self.statistics is None:
+            del data["statistics"]
+        return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> Plan:
+        """
+        :raises nncf.ValidationError: the text is damaged, of a newer schema, or no plan.
+        """
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            msg = f"{source} is not valid JSON ({error}); the file may be truncated. Calibrate again or restore it."
+            raise nncf.ValidationError(msg) from error
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            msg = f"{source} is not a plan: expected an object with 'schema': '{SCHEMA}'."
+            raise nncf.ValidationError(msg)
+        version = data.get("schema_version")
+        if not isinstance(version, int) or version < 1:
+            msg = f"{source} has schema_version {version!r}, expected a whole number from 1."
+            raise nncf.ValidationError(msg)
+        if version > SCHEMA_VERSION:
+            msg = (
+                f"{source} has plan schema {version}, newer than the {SCHEMA_VERSION} this version of scap-nncf reads. "
+                "Upgrade scap-nncf."
+            )
+            raise nncf.UnsupportedVersionError(msg)
+        try:
+            sites = tuple(_read_site(item) for item in _list(data["sites"]))
+            statistics = data.get("statistics")
+            plan = cls(
+                sites=sites,
+                algorithm=_text(data["algorithm"]),
+                prune=check_prune(_text(data["prune"])),
+                made_by=dict(data.get("made_by") or {}),
+                statistics=None if statistics is None else {str(k): _text(v) for k, v in dict(statistics).items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            msg = f"{source} does not follow plan schema {SCHEMA_VERSION}: {error!r}."
+            raise nncf.ValidationError(msg) from error
+        names = [layer.name for layer in plan.layers]
+        repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if repeated:
+            msg = f"{source} names layers twice: {', '.join(repeated[:5])}."
+            raise nncf.ValidationError(msg)
+        return plan
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """
+        Write ``plan.json`` into a folder, atomically.
+
+        :return: the path of the file.
+        :raises nncf.ValidationError: the folder cannot be written.
+        """
+        return write_atomically(Path(folder) / PLAN_FILE, self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """
+        Read a plan.
+
+        :param path: a folder with ``plan.json``, such a file, or a ``calibrated_thresholds.json`` of the reference
+            implementation.
+        :raises nncf.InvalidPathError: there is no such file.
+        :raises nncf.ValidationError: the file is no plan, or damaged.
+        """
+        file = Path(path)
+        if file.is_dir():
+            candidates = [file / PLAN_FILE, file / REFERENCE_FILE]
+            file = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+        if not file.is_file():
+            msg = f"No plan at {file}: expected a folder with {PLAN_FILE}, or the file itself."
+            raise nncf.InvalidPathError(msg)
+        if file.stat().st_size > MAX_PLAN_BYTES:
+            msg = f"{file} has {file.stat().st_size} bytes, more than a plan may have ({MAX_PLAN_BYTES})."
+            raise nncf.ValidationError(msg)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            msg = f"{file} is not UTF-8 text: {error}."
+            raise nncf.ValidationError(msg) from error
+        if '"hook_type"' in text and f'"{SCHEMA}"' not in text:
+            return cls._from_reference_text(text, str(file))
+        return cls.from_json(text, str(file))
+
+    # -- the reference implementation's format ----------------------------------------------------------------------
+
+    @classmethod
+    def from_reference(cls, path: str | os.PathLike[str]) -> Plan:
+        """
+        Import a ``calibrated_thresholds.json`` of the SCAP reference implementation.
+
+        Layers of one block with the same mode and role up / gate, or q / k / v, become one site. The reference does not
+        record shapes, so `in_features` and `out_features` are 0 until the plan is applied to a model. Its files say
+        ``demode_method: zero`` beside a non-zero mode; such a site is marked ``imported``.
+        """
+        return cls._from_reference_text(Path(path).read_text(encoding="utf-8"), str(path))
+
+    @classmethod
+    def _from_reference_text(cls, text: str, source: str) -> Plan:
+        try:
+            data = json.loads(text)
+            sites: dict[tuple[Any, ...], SitePlan] = {}
+            for name, entry in data.items():
+                role = roles.table_role(name) or "fc1"
+                mode, threshold = _number(entry["mode"]), _number(entry["threshold"])
+                method = _text(entry["demode_method"])
+                if mode != 0.0 and method == "zero":
+                    method = "imported"
+                block = block_index(name)
+                stem = "ffn" if role in ("up", "gate") else "attn" if role in ("q", "k", "v") else role
+                layer = LayerPlan(name, role, 0, 0, threshold, _sparsity(entry["target_sparsity"]))
+                key = (block, stem, mode)
+                if key in sites:
+                    sites[key] = replace(sites[key], layers=(*sites[key].layers, layer))
+                else:
+                    sites[key] = SitePlan(name, block, mode, method, (layer,))
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            msg = f"{source} is not a calibrated_thresholds.json of the SCAP reference: {error!r}."
+            raise nncf.ValidationError(msg) from error
+        return cls(tuple(sites.values()), made_by={"imported_from": "SCAP reference implementation"})
+
+    def to_reference(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan in the format of the SCAP reference implementation (``calibrated_thresholds.json``)."""
+        data = {
+            layer.name: {
+                "module_name": layer.name,
+                "demode_method": site.mode_method,
+                "mode": site.mode,
+                "threshold": layer.threshold,
+                "target_sparsity": layer.sparsity,
+                "hook_type": "pre_hook",
+            }
+            for site in self.sites
+            for layer in site.layers
+        }
+        return write_atomically(Path(path), (json.dumps(data, indent=2) + "\n").encode())
+
+    # -- fit to a model --------------------------------------------------------------------------------------------
+
+    def bind(self, shapes: Mapping[str, tuple[int, int]]) -> Plan:
+        """
+        The plan with the model's shapes filled in.
+
+        :param shapes: (in_features, out_features) of every FC layer of the model, by name.
+        :raises nncf.ValidationError: a layer of the plan is missing in the model or has another shape; all are named.
+        """
+        problems: list[str] = []
+        sites = []
+        for site in self.sites:
+            layers = []
+            for layer in site.layers:
+                if layer.name not in shapes:
+                    problems.append(f"{layer.name} is not in the model")
+                    continue
+                shape = shapes[layer.name]
+                if layer.in_features and (layer.in_features, layer.out_features) != shape:
+                    problems.append(
+                        f"{layer.name} is {layer.in_features}x{layer.out_features} in the plan, "
+                        f"{shape[0]}x{shape[1]} in the model"
+                    )
+                layers.append(replace(layer, in_features=shape[0], out_features=shape[1]))
+            sites.append(replace(site, layers=tuple(layers)))
+        if problems:
+            shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
+            msg = (
+                f"The plan does not fit the model: {len(problems)} of {len(self.layers)} layers differ: {shown}. "
+                "Was it made for another model?"
+            )
+            raise nncf.ValidationError(msg)
+        return replace(self, sites=tuple(sites))
+
+
+def block_index(name: str) -> int | None:
+    """Index of the transformer block in a dotted layer name: the first whole number."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def check_prune(value: str) -> str:
+    """
+    :raises nncf.ValidationError: not a known token policy.
+    """
+    if value not in PRUNE_POLICIES:
+        msg = f"prune must be one of {', '.join(PRUNE_POLICIES)}, got {value!r}."
+        raise nncf.ValidationError(msg)
+    return value
+
+
+def to_float32(value: float) -> float:
+    """The value as a float32 holds it: kernels and graphs keep thresholds and modes in float32."""
+    return float(np.float32(value))
+
+
+def sites_of(plan: Plan) -> tuple[Site, ...]:
+    """The sites of a plan without their numbers."""
+    return tuple(
+        Site(
+            site.name,
+            site.block,
+            tuple(Layer(layer.name, layer.role, layer.in_features, layer.out_features) for layer in site.layers),
+        )
+        for site in plan.sites
+    )
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """
+    Write a file so that it is either the old or the new one, never half of it.
+
+    :raises nncf.ValidationError: the folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        msg = f"Cannot write {path}: {error.strerror or error}. Choose a folder that can be written."
+        raise nncf.ValidationError(msg) from error
+    return path
+
+
+def sha256(content: bytes) -> str:
+    """Hexadecimal SHA-256 of the content."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read_site(item: Mapping[str, Any]) -> SitePlan:
+    block = item["block"]
+    layers = tuple(_read_layer(layer) for layer in _list(item["layers"]))
+    if not layers:
+        msg = f"site {item['name']!r} has no layers"
+        raise ValueError(msg)
+    return SitePlan(
+        _text(item["name"]),
+        None if block is None else _whole(block),
+        _number(item["mode"]),
+        _text(item["mode_method"]),
+        layers,
+    )
+
+
+def _read_layer(item: Mapping[str, Any]) -> LayerPlan:
+    return LayerPlan(
+        _text(item["name"]),
+        _text(item["role"]),
+        _whole(item["in_features"]),
+        _whole(item["out_features"]),
+        _number(item["threshold"]),
+        _sparsity(item["sparsity"]),
+    )
+
+
+def _list(value: Any) -> Iterable[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        msg = f"expected a list, got {type(value).__name__}"
+        raise TypeError(msg)
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        msg = f"expected text, got {value!r}"
+        raise TypeError(msg)
+    return value
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        msg = f"expected a whole number from 0, got {value!r}"
+        raise ValueError(msg)
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        msg = f"expected a finite number, got {value!r}"
+        raise ValueError(msg)
+    return float(value)
+
+
+def _sparsity(value: Any) -> float:
+    number = _number(value)
+    if not 0 <= number < 1:
+        msg = f"expected a sparsity in [0, 1), got {value!r}"
+        raise ValueError(msg)
+    return number

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From statistics and targets to a plan: the mode of each site, the threshold of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from scap_nncf.algorithms.plan import LayerPlan, SitePlan, to_float32
+from scap_nncf.algorithms.scap.histogram import ActivationHistogram
+from scap_nncf.algorithms.scap.mode import choose_mode
+from scap_nncf.algorithms.sites import Site
+from scap_nncf.algorithms.sparsity import Target
+
+KEEP_EVERYTHING = -1.0
+
+
+def plan_site(
+    site: Site, histogram: ActivationHistogram, targets: Mapping[str, Target], mode_method: str
+) -> SitePlan | None:
+    """
+    Mode and thresholds of one site (SCAP paper, equation 2 applied to x − η).
+
+    :param targets: layer name → target; layers of the site that are not in it stay dense.
+    :param mode_method: used where the target names none.
+    :return: None where no layer of the site has a target.
+    """
+    layers = [layer for layer in site.layers if layer.name in targets]
+    if not layers:
+        return None
+    method = targets[layers[0].name].mode_method or mode_method
+    weights = sum(layer.weights for layer in layers)
+    mean_sparsity = sum(targets[layer.name].sparsity * layer.weights for layer in layers) / weights
+    mode, found_by = choose_mode(histogram, method, mean_sparsity)
+    return SitePlan(
+        site.name,
+        site.block,
+        mode,
+        found_by,
+        tuple(
+            LayerPlan(
+                layer.name,
+                layer.role,
+                layer.in_features,
+                layer.out_features,
+                _threshold(histogram, targets[layer.name].sparsity, mode),
+                targets[layer.name].sparsity,
+            )
+            for layer in layers
+        ),
+    )
+
+
+def plan_sites(
+    sites: Sequence[Site],
+    histograms: Mapping[str, ActivationHistogram],
+    targets: Mapping[str, Target],
+    mode_method: str,
+) -> tuple[SitePlan, ...]:
+    """The plans of all sites that have a target."""
+    plans = (plan_site(site, histograms[site.name], targets, mode_method) for site in sites if _wanted(site, targets))
+    return tuple(plan for plan in plans if plan is not None)
+
+
+def _wanted(site: Site, targets: Mapping[str, Target]) -> bool:
+    return any(layer.name in targets for layer in site.layers)
+
+
+def _threshold(histogram: ActivationHistogram, sparsity: float, mode: float) -> float:
+    if sparsity == 0.0:
+        return KEEP_EVERYTHING
+    return to_float32(histogram.quantile(sparsity, mode))

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The builder of SCAP: finds sites, gathers statistics, plans, inserts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any, ClassVar
+
+import nncf
+from nncf.common.graph.graph import NNCFGraph
+from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
+from nncf.common.utils.backend import BackendType
+
+from scap_nncf.algorithms import sparsity as sparsity_spec
+from scap_nncf.algorithms.backends import backend_of
+from scap_nncf.algorithms.base import COMPRESSION_ALGORITHMS, CompressionBuilder
+from scap_nncf.algorithms.data import Samples
+from scap_nncf.algorithms.plan import Plan, SitePlan
+from scap_nncf.algorithms.scap.allocate import plan_site, plan_sites
+from scap_nncf.algorithms.scap.config import Scap
+from scap_nncf.algorithms.scap.controller import ScapController, get_controller
+from scap_nncf.algorithms.scap.histogram import ActivationHistogram
+from scap_nncf.algorithms.scap.statistics import make_collector
+from scap_nncf.algorithms.sites import ModelReport, Site
+
+
+@COMPRESSION_ALGORITHMS.register("scap")
+class ScapBuilder(CompressionBuilder):
+    """Statistical Calibrated Activation Pruning (SCAP paper, sections 2 and 3)."""
+
+    config_type: ClassVar[type] = Scap
+    config: Scap
+
+    @property
+    def available_backends(self) -> list[BackendType]:
+        return [BackendType.TORCH]
+
+    def build(self, model: Any, dataset: Any, tokenizer: Any = None) -> Any:
+        """
+        Calibrate and prune. The model is left as it was if anything fails.
+
+        :raises nncf.ValidationError: bad settings or data, or the model is sparse already.
+        """
+        _refuse_sparse(model)
+        samples = Samples(dataset, tokenizer, self.config.subset_size)
+        report = self.find_sites(model, samples.first())
+        sites, histograms, plan = self.calibrate(model, report.sites, samples)
+        return _insert(model, plan, sites, histograms)
+
+    def build_from_plan(self, model: Any, plan: Plan) -> Any:
+        """Prune as a plan says, without data."""
+        _refuse_sparse(model)
+        return _insert(model, plan.bind(backend_of(model).shapes_of(model)), None, {})
+
+    def find_sites(self, model: Any, sample: Any = None) -> ModelReport:
+        """What this configuration prunes in the model, and what stays dense."""
+        wanted = list(sparsity_spec.parse(self.config.sparsity))
+        return backend_of(model).inspect_model(model, sample, self.config.roles, self.config.ignored_scope, wanted)
+
+    def calibrate(
+        self, model: Any, sites: Sequence[Site], samples: Samples
+    ) -> tuple[tuple[Site, ...], dict[str, ActivationHistogram], Plan]:
+        """
+        Gather statistics and plan; the model is not changed.
+
+        :return: the calibrated sites (those with a target), their statistics, and the plan.
+        """
+        targets = sparsity_spec.resolve(self.config.sparsity, sites)
+        sites = tuple(site for site in sites if any(layer.name in targets for layer in site.layers))
+        backend = backend_of(model)
+        points = backend.statistic_points(sites, make_collector)
+        if self.config.sequential:
+
+            def decide(site: Site, histogram: ActivationHistogram) -> SitePlan:
+                plan = plan_site(site, histogram, targets, self.config.mode)
+                assert plan is not None  # sites without a target were left out above
+                return plan
+
+            count = backend.collect_sequential(model, sites, points, list(samples), decide)
+        else:
+            count = backend.collect(model, points, samples, samples.total)
+        histograms = backend.histograms_of(points)
+        site_plans = plan_sites(sites, histograms, targets, self.config.mode)
+        plan = Plan(site_plans, "scap", self.config.prune, _made_by(self.config, sites, histograms, count))
+        return sites, histograms, plan
+
+    def get_statistic_points(self, model: Any, graph: NNCFGraph | None = None) -> StatisticPointsContainer:
+        """One collector for each site that has a target; gather with the backend's ``collect``."""
+        sites = self.find_sites(model).sites
+        targets = sparsity_spec.resolve(self.config.sparsity, sites)
+        wanted = [site for site in sites if any(layer.name in targets for layer in site.layers)]
+        return backend_of(model).statistic_points(wanted, make_collector)
+
+    def apply(
+        self,
+        model: Any,
+        graph: NNCFGraph | None = None,
+        statistic_points: StatisticPointsContainer | None = None,
+        dataset: nncf.Dataset | None = None,
+    ) -> Any:
+        """Plan and prune from collected statistics, or calibrate on the dataset where there are none."""
+        if statistic_points is None:
+            return self.build(model, dataset)
+        _refuse_sparse(model)
+        sites = self.find_sites(model).sites
+        targets = sparsity_spec.resolve(self.config.sparsity, sites)
+        histograms = backend_of(model).histograms_of(statistic_points)
+        sites = tuple(site for site in sites if site.name in histograms)
+        plan = Plan(
+            plan_sites(sites, histograms, targets, self.config.mode),
+            "scap",
+            self.config.prune,
+            _made_by(self.config, sites, histograms, None),
+        )
+        return _insert(model, plan, sites, histograms)
+
+
+def _insert(
+    model: Any, plan: Plan, sites: tuple[Site, ...] | None, histograms: dict[str, ActivationHistogram]
+) -> Any:
+    backend = backend_of(model)
+    model = backend.working_copy(model)
+    backend.insert(model, plan)
+    backend.store_controller(model, ScapController(model, plan, sites, histograms))
+    return model
+
+
+def _refuse_sparse(model: Any) -> None:
+    if get_controller(model) is not None:
+        msg = (
+            "The model has activation sparsity already; pruning twice would stack. Change it with "
+            "scap_nncf.get_controller(model).set_sparsity(...), or take it out first with .strip()."
+        )
+        raise nncf.ValidationError(msg)
+
+
+def _made_by(
+    config: Scap, sites: Sequence[Site], histograms: dict[str, ActivationHistogram], samples: int | None
+) -> dict[str, Any]:
+    from scap_nncf._version import __version__
+
+    settings = asdict(replace(config, ignored_scope=None))
+    del settings["ignored_scope"]
+    if config.ignored_scope is not None:
+        scope = config.ignored_scope
+        settings["ignored_scope"] = {"names": scope.names, "patterns": scope.patterns, "types": scope.types}
+    if config.roles is not None:
+        settings["roles"] = list(config.roles)
+    if not isinstance(config.sparsity, (int, float, str)):
+        settings["sparsity"] = dict(config.sparsity)
+    tokens = histograms[sites[0].name].total // sites[0].width if sites else 0
+    return {
+        "scap_nncf": __version__,
+        "nncf": nncf.__version__,
+        "settings": settings,
+        "samples": samples,
+        "tokens": tokens,
+    }

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``nncf.compress``: the one verb."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import nncf
+
+from scap_nncf.algorithms.backends import backend_of
+from scap_nncf.algorithms.base import CompressionBuilder, builder_for
+from scap_nncf.algorithms.plan import Plan
+from scap_nncf.algorithms.scap.controller import get_controller, load_statistics
+from scap_nncf.algorithms.sites import ModelReport
+
+TModel = TypeVar("TModel")
+
+
+def compress(
+    model: TModel,
+    algorithm: Any = "scap",
+    *,
+    dataset: Any = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
+    **settings: Any,
+) -> TModel:
+    """
+    Compress a model with a registered algorithm.
+
+    .. code-block:: python
+
+        import nncf, scap_nncf
+
+        model = nncf.compress(model, algorithm="scap", dataset=nncf.Dataset(batches), sparsity=0.5)
+        print(scap_nncf.get_controller(model).statistics())
+
+    A PyTorch model is changed in place and returned. If anything fails, the model is as it was.
+
+    :param model: the model to compress.
+    :param algorithm: a registered name (its settings are given as keywords), a configuration object such as
+        :class:`scap_nncf.Scap`, or a list of these, applied in order.
+    :param dataset: calibration data: a ``nncf.Dataset``, an iterable of tensors, mappings or tuples, texts with a
+        `tokenizer`, or a ``datasets.Dataset``.
+    :param plan: a plan, or the folder or file of one, to apply without data. The reference implementation's
+        ``calibrated_thresholds.json`` is read as well.
+    :param tokenizer: a transformers tokenizer, where the dataset holds texts.
+    :param settings: fields of the algorithm's configuration, see :class:`scap_nncf.Scap`.
+    :return: the compressed model.
+    :raises nncf.ValidationError: bad settings, data or plan, or the model is compressed by this already.
+    :raises nncf.ParameterNotSupportedError: unknown algorithm or setting.
+    """
+    backend_of(model)  # an unsupported model is refused before anything else
+    if plan is not None:
+        return _apply_plan(model, algorithm, plan, dataset, settings)
+    steps = algorithm if isinstance(algorithm, Sequence) and not isinstance(algorithm, str) else [algorithm]
+    if not steps:
+        msg = "The list of algorithms is empty; expected for example algorithm=[Scap(sparsity=0.5)]."
+        raise nncf.ValidationError(msg)
+    builders: list[CompressionBuilder] = [builder_for(step, settings) for step in steps]
+    for builder in builders:
+        model = builder.build(model, dataset, tokenizer)
+    return model
+
+
+def _apply_plan(model: Any, algorithm: Any, plan: Any, dataset: Any, settings: dict[str, Any]) -> Any:
+    if dataset is not None or settings:
+        given = ", ".join([*(["dataset"] if dataset is not None else []), *settings])
+        msg = f"A plan holds all settings; leave out {given}, or calibrate anew without plan=."
+        raise nncf.ValidationError(msg)
+    folder: Path | None = None
+    if not isinstance(plan, Plan):
+        folder = Path(plan) if Path(plan).is_dir() else Path(plan).parent
+        plan = Plan.load(plan)
+    if isinstance(algorithm, str) and algorithm != plan.algorithm and algorithm != "scap":
+        msg = f"The plan was made by algorithm {plan.algorithm!r}, but algorithm={algorithm!r} was asked for."
+        raise nncf.ValidationError(msg)
+    sites, histograms = load_statistics(folder, plan) if folder is not None else ((), {})
+    model = builder_for(plan.algorithm, {}).build_from_plan(model, plan)
+    controller = get_controller(model)
+    if controller is not None and histograms:
+        controller.sites, controller.histograms = sites, histograms
+    return model
+
+
+def inspect_model(
+    model: Any,
+    sample: Any = None,
+    *,
+    roles: Sequence[str] | None = None,
+    ignored_scope: nncf.IgnoredScope | None = None,
+) -> ModelReport:
+    """
+    What would be pruned in a model, and what would stay dense and why; nothing is changed.
+
+    :param sample: what the model can be called with; default: the model's dummy inputs or a few token ids.
+    :param roles: only layers that one of these selectors names: roles, groups (``attn``, ``ffn``, ``all``) or ``re:``
+        patterns.
+    :param ignored_scope: layers to leave dense.
+    :return: a report whose ``str()`` is a table.
+    :raises nncf.ValidationError: a selector names nothing, or the model cannot take the sample.
+    :raises nncf.UnsupportedModelError: the model has no fully connected layer.
+    """
+    return backend_of(model).inspect_model(model, sample, roles, ignored_scope)
+
+
+def register() -> None:
+    """Make this function ``nncf.compress``, unless NNCF has one of its own."""
+    if not hasattr(nncf, "compress"):
+        nncf.compress = compress
