@@ -43,8 +43,8 @@ class CompressionBuilder(Algorithm):
     """
     Makes a compressed model from a model, a configuration and data.
 
-    A subclass is registered under a name, and says which configuration class it takes in `config_type`. It also is a NNCF
-    ``Algorithm``: ``get_statistic_points`` says what to collect and ``apply`` uses what was collected.
+    A subclass is registered under a name, and says which configuration class it takes in `config_type`. It also is a
+    NNCF ``Algorithm``: ``get_statistic_points`` says what to collect and ``apply`` uses what was collected.
     """
 
     config_type: ClassVar[type]
@@ -63,8 +63,12 @@ class CompressionBuilder(Algorithm):
         """
 
     @abstractmethod
-    def build_from_plan(self, model: Any, plan: Plan) -> Any:
-        """Compress as the plan says, without data; returns the compressed model."""
+    def build_from_plan(self, model: Any, plan: Plan, calibration: Any = None) -> Any:
+        """
+        Compress as the plan says, without data; returns the compressed model.
+
+        :param calibration: the statistics behind the plan, where they are at hand.
+        """
 
     # Part of NNCF's interface; the graph is not needed by algorithms that attach to modules.
     @abstractmethod

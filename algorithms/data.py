@@ -39,7 +39,10 @@ class Samples:
         self._tokenizer = tokenizer
         source = dataset.get_inference_data() if isinstance(dataset, nncf.Dataset) else dataset
         self._iterator = itertools.islice(iter(source), subset_size)
-        length = dataset.get_length() if isinstance(dataset, nncf.Dataset) else getattr(dataset, "__len__", lambda: None)()
+        if isinstance(dataset, nncf.Dataset):
+            length = dataset.get_length()
+        else:
+            length = len(dataset) if hasattr(dataset, "__len__") else None
         self.total: int | None = length if subset_size is None or length is None else min(length, subset_size)
 
     def first(self) -> Any:
@@ -82,5 +85,3 @@ class Samples:
             msg = f"The tokenizer makes no tokens of the text {text[:40]!r}; leave empty texts out of the dataset."
             raise nncf.ValidationError(msg)
         return dict(encoded)
-
-

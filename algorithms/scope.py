@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 import nncf
 
 
-def ignored_reason(
-    scope: nncf.IgnoredScope | None, layers: Sequence[tuple[str, str]]
-) -> Callable[[str], str | None]:
+def ignored_reason(scope: nncf.IgnoredScope | None, layers: Sequence[tuple[str, str]]) -> Callable[[str], str | None]:
     """
     A function that says why a layer is ignored, or None.
 
@@ -27,13 +25,13 @@ def ignored_reason(
         raise nncf.ParameterNotSupportedError(msg)
     reasons: dict[str, str] = {}
     unmatched: list[str] = []
+    patterns = [(text, _compile(text)) for text in scope.patterns]
     rules = [
-        *((f"name {name!r}", lambda n, _t, name=name: n == name) for name in scope.names),
-        *((f"pattern {text!r}", lambda n, _t, rule=_compile(text): rule.match(n)) for text in scope.patterns),
-        *((f"type {kind!r}", lambda _n, t, kind=kind: t == kind) for kind in scope.types),
+        *((f"name {given!r}", [name for name, _ in layers if name == given]) for given in scope.names),
+        *((f"pattern {text!r}", [name for name, _ in layers if rule.match(name)]) for text, rule in patterns),
+        *((f"type {given!r}", [name for name, kind in layers if kind == given]) for given in scope.types),
     ]
-    for rule, applies in rules:
-        hits = [name for name, kind in layers if applies(name, kind)]
+    for rule, hits in rules:
         reasons.update(dict.fromkeys(hits, f"ignored by {rule}"))
         if not hits:
             unmatched.append(rule)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import nncf
 
 from scap_nncf.algorithms import roles
-from scap_nncf.algorithms.sites import Layer, Site
+from scap_nncf.algorithms.sites import Site
 
 MODE_METHODS = ("auto", "zero", "mean", "median", "kde")
 

@@ -7,9 +7,19 @@ After ``import nncf, scap_nncf``, ``nncf.compress(model, algorithm="scap", datas
 
 from scap_nncf._version import __version__
 from scap_nncf.algorithms.plan import Plan
-from scap_nncf.algorithms.scap import Scap, get_controller
-from scap_nncf.compress import compress, inspect_model, register
+from scap_nncf.algorithms.scap import CalibrationStatistics, Scap, get_controller, make_plan
+from scap_nncf.compress import calibrate, compress, inspect_model, register
 
 register()
 
-__all__ = ["Plan", "Scap", "__version__", "compress", "get_controller", "inspect_model"]
+__all__ = [
+    "CalibrationStatistics",
+    "Plan",
+    "Scap",
+    "__version__",
+    "calibrate",
+    "compress",
+    "get_controller",
+    "inspect_model",
+    "make_plan",
+]

@@ -13,7 +13,9 @@ import nncf
 from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import CompressionBuilder, builder_for
 from scap_nncf.algorithms.plan import Plan
-from scap_nncf.algorithms.scap.controller import get_controller, load_statistics
+from scap_nncf.algorithms.scap.builder import ScapBuilder
+from scap_nncf.algorithms.scap.calibration import CalibrationStatistics, statistics_of_plan
+from scap_nncf.algorithms.scap.config import Scap
 from scap_nncf.algorithms.sites import ModelReport
 
 TModel = TypeVar("TModel")
@@ -78,12 +80,27 @@ def _apply_plan(model: Any, algorithm: Any, plan: Any, dataset: Any, settings: d
     if isinstance(algorithm, str) and algorithm != plan.algorithm and algorithm != "scap":
         msg = f"The plan was made by algorithm {plan.algorithm!r}, but algorithm={algorithm!r} was asked for."
         raise nncf.ValidationError(msg)
-    sites, histograms = load_statistics(folder, plan) if folder is not None else ((), {})
-    model = builder_for(plan.algorithm, {}).build_from_plan(model, plan)
-    controller = get_controller(model)
-    if controller is not None and histograms:
-        controller.sites, controller.histograms = sites, histograms
-    return model
+    calibration = statistics_of_plan(folder, plan) if folder is not None else None
+    return builder_for(plan.algorithm, {}).build_from_plan(model, plan, calibration)
+
+
+def calibrate(model: Any, *, dataset: Any, tokenizer: Any = None, **settings: Any) -> CalibrationStatistics:
+    """
+    Gather activation statistics only; the model is not changed.
+
+    Statistics of several processes merge (:meth:`CalibrationStatistics.merge`), and any number of plans follows from
+    them (:func:`make_plan`) without the model.
+
+    .. code-block:: python
+
+        statistics = scap_nncf.calibrate(model, dataset=dataset)
+        plan = scap_nncf.make_plan(statistics, scap_nncf.Scap(sparsity={"ffn": 0.5}))
+        model = nncf.compress(model, plan=plan)
+
+    :param settings: fields of :class:`scap_nncf.Scap`; the sparsity says which sites are gathered (default: all).
+    """
+    _, statistics = ScapBuilder(Scap(**settings)).calibrate(model, dataset, tokenizer)
+    return statistics
 
 
 def inspect_model(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from scap_nncf.algorithms.plan import LayerPlan, SitePlan, to_float32
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
@@ -48,21 +48,6 @@ def plan_site(
             for layer in layers
         ),
     )
-
-
-def plan_sites(
-    sites: Sequence[Site],
-    histograms: Mapping[str, ActivationHistogram],
-    targets: Mapping[str, Target],
-    mode_method: str,
-) -> tuple[SitePlan, ...]:
-    """The plans of all sites that have a target."""
-    plans = (plan_site(site, histograms[site.name], targets, mode_method) for site in sites if _wanted(site, targets))
-    return tuple(plan for plan in plans if plan is not None)
-
-
-def _wanted(site: Site, targets: Mapping[str, Target]) -> bool:
-    return any(layer.name in targets for layer in site.layers)
 
 
 def _threshold(histogram: ActivationHistogram, sparsity: float, mode: float) -> float:

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import nncf
@@ -17,7 +16,8 @@ from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import COMPRESSION_ALGORITHMS, CompressionBuilder
 from scap_nncf.algorithms.data import Samples
 from scap_nncf.algorithms.plan import Plan, SitePlan
-from scap_nncf.algorithms.scap.allocate import plan_site, plan_sites
+from scap_nncf.algorithms.scap.allocate import plan_site
+from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.config import Scap
 from scap_nncf.algorithms.scap.controller import ScapController, get_controller
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
@@ -43,29 +43,23 @@ class ScapBuilder(CompressionBuilder):
         :raises nncf.ValidationError: bad settings or data, or the model is sparse already.
         """
         _refuse_sparse(model)
-        samples = Samples(dataset, tokenizer, self.config.subset_size)
-        report = self.find_sites(model, samples.first())
-        sites, histograms, plan = self.calibrate(model, report.sites, samples)
-        return _insert(model, plan, sites, histograms)
+        plan, calibration = self.calibrate(model, dataset, tokenizer)
+        return _insert(model, plan, calibration)
 
-    def build_from_plan(self, model: Any, plan: Plan) -> Any:
+    def build_from_plan(self, model: Any, plan: Plan, calibration: CalibrationStatistics | None = None) -> Any:
         """Prune as a plan says, without data."""
         _refuse_sparse(model)
-        return _insert(model, plan.bind(backend_of(model).shapes_of(model)), None, {})
+        return _insert(model, plan.bind(backend_of(model).shapes_of(model)), calibration)
 
     def find_sites(self, model: Any, sample: Any = None) -> ModelReport:
         """What this configuration prunes in the model, and what stays dense."""
         wanted = list(sparsity_spec.parse(self.config.sparsity))
         return backend_of(model).inspect_model(model, sample, self.config.roles, self.config.ignored_scope, wanted)
 
-    def calibrate(
-        self, model: Any, sites: Sequence[Site], samples: Samples
-    ) -> tuple[tuple[Site, ...], dict[str, ActivationHistogram], Plan]:
-        """
-        Gather statistics and plan; the model is not changed.
-
-        :return: the calibrated sites (those with a target), their statistics, and the plan.
-        """
+    def calibrate(self, model: Any, dataset: Any, tokenizer: Any = None) -> tuple[Plan, CalibrationStatistics]:
+        """Gather statistics and plan; the model is not changed."""
+        samples = Samples(dataset, tokenizer, self.config.subset_size)
+        sites = self.find_sites(model, samples.first()).sites
         targets = sparsity_spec.resolve(self.config.sparsity, sites)
         sites = tuple(site for site in sites if any(layer.name in targets for layer in site.layers))
         backend = backend_of(model)
@@ -80,10 +74,8 @@ class ScapBuilder(CompressionBuilder):
             count = backend.collect_sequential(model, sites, points, list(samples), decide)
         else:
             count = backend.collect(model, points, samples, samples.total)
-        histograms = backend.histograms_of(points)
-        site_plans = plan_sites(sites, histograms, targets, self.config.mode)
-        plan = Plan(site_plans, "scap", self.config.prune, _made_by(self.config, sites, histograms, count))
-        return sites, histograms, plan
+        calibration = CalibrationStatistics(sites, backend.histograms_of(points), count)
+        return make_plan(calibration, self.config), calibration
 
     def get_statistic_points(self, model: Any, graph: NNCFGraph | None = None) -> StatisticPointsContainer:
         """One collector for each site that has a target; gather with the backend's ``collect``."""
@@ -103,26 +95,29 @@ class ScapBuilder(CompressionBuilder):
         if statistic_points is None:
             return self.build(model, dataset)
         _refuse_sparse(model)
-        sites = self.find_sites(model).sites
-        targets = sparsity_spec.resolve(self.config.sparsity, sites)
         histograms = backend_of(model).histograms_of(statistic_points)
-        sites = tuple(site for site in sites if site.name in histograms)
-        plan = Plan(
-            plan_sites(sites, histograms, targets, self.config.mode),
-            "scap",
-            self.config.prune,
-            _made_by(self.config, sites, histograms, None),
-        )
-        return _insert(model, plan, sites, histograms)
+        sites = tuple(site for site in self.find_sites(model).sites if site.name in histograms)
+        calibration = CalibrationStatistics(sites, histograms)
+        return _insert(model, make_plan(calibration, self.config), calibration)
 
 
-def _insert(
-    model: Any, plan: Plan, sites: tuple[Site, ...] | None, histograms: dict[str, ActivationHistogram]
-) -> Any:
+def make_plan(calibration: CalibrationStatistics, config: Scap) -> Plan:
+    """
+    A plan from statistics; neither the model nor data is needed.
+
+    :raises nncf.ValidationError: the configuration names layers that were not calibrated.
+    """
+    targets = sparsity_spec.resolve(config.sparsity, calibration.sites)
+    plans = (plan_site(site, calibration.histograms[site.name], targets, config.mode) for site in calibration.sites)
+    sites = tuple(site_plan for site_plan in plans if site_plan is not None)
+    return Plan(sites, "scap", config.prune, _made_by(config, calibration))
+
+
+def _insert(model: Any, plan: Plan, calibration: CalibrationStatistics | None) -> Any:
     backend = backend_of(model)
     model = backend.working_copy(model)
     backend.insert(model, plan)
-    backend.store_controller(model, ScapController(model, plan, sites, histograms))
+    backend.store_controller(model, ScapController(model, plan, calibration))
     return model
 
 
@@ -135,25 +130,24 @@ def _refuse_sparse(model: Any) -> None:
         raise nncf.ValidationError(msg)
 
 
-def _made_by(
-    config: Scap, sites: Sequence[Site], histograms: dict[str, ActivationHistogram], samples: int | None
-) -> dict[str, Any]:
+def _made_by(config: Scap, calibration: CalibrationStatistics) -> dict[str, Any]:
     from scap_nncf._version import __version__
 
-    settings = asdict(replace(config, ignored_scope=None))
-    del settings["ignored_scope"]
+    settings: dict[str, Any] = {
+        "sparsity": dict(config.sparsity) if isinstance(config.sparsity, Mapping) else config.sparsity,
+        "mode": config.mode,
+        "prune": config.prune,
+        "sequential": config.sequential,
+        "roles": None if config.roles is None else list(config.roles),
+        "subset_size": config.subset_size,
+    }
     if config.ignored_scope is not None:
         scope = config.ignored_scope
         settings["ignored_scope"] = {"names": scope.names, "patterns": scope.patterns, "types": scope.types}
-    if config.roles is not None:
-        settings["roles"] = list(config.roles)
-    if not isinstance(config.sparsity, (int, float, str)):
-        settings["sparsity"] = dict(config.sparsity)
-    tokens = histograms[sites[0].name].total // sites[0].width if sites else 0
     return {
         "scap_nncf": __version__,
         "nncf": nncf.__version__,
         "settings": settings,
-        "samples": samples,
-        "tokens": tokens,
+        "samples": calibration.samples,
+        "tokens": calibration.tokens,
     }

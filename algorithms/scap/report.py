@@ -80,9 +80,7 @@ class ScapStatistics:
             for row in self.roles()
         ]
         rows.append(["all", len(self.layers), _percent(self.sparsity), _percent(self.realised_sparsity), "", ""])
-        return create_table(
-            header=["Role", "Layers", "Target", "Realised", "Mode", "Threshold"], rows=rows
-        )
+        return create_table(header=["Role", "Layers", "Target", "Realised", "Mode", "Threshold"], rows=rows)
 
 
 def make_statistics(plan: Plan, counts: dict[str, tuple[int, int]]) -> ScapStatistics:

@@ -18,8 +18,8 @@ from nncf.tensor import Tensor
 from torch import nn
 
 from scap_nncf.algorithms.backends.torch.layers import input_argument
-from scap_nncf.algorithms.backends.torch.run import attention_mask, evaluation, forward_sample
 from scap_nncf.algorithms.backends.torch.prune import correction
+from scap_nncf.algorithms.backends.torch.run import attention_mask, evaluation, forward_sample
 from scap_nncf.algorithms.plan import SitePlan
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 from scap_nncf.algorithms.scap.statistics import HistogramStatistic
@@ -43,9 +43,7 @@ class SitePoint(TargetPoint):
         return hash(self.target_node_name)
 
 
-def statistic_points(
-    sites: Sequence[Site], make_collector: Callable[[], TensorCollector]
-) -> StatisticPointsContainer:
+def statistic_points(sites: Sequence[Site], make_collector: Callable[[], TensorCollector]) -> StatisticPointsContainer:
     """One collector a site, whatever the number of layers that read it."""
     points = StatisticPointsContainer()
     for site in sites:
@@ -122,14 +120,14 @@ class _Recorder:
         collector.register_input_for_all_reducers(Tensor(x))
         if not bool(torch.isfinite(x.sum(dtype=torch.float32))) and not bool(torch.isfinite(x).all()):
             msg = (
-                f"The input of {name} has NaN or Inf values in {self._current.sample_name}. Check the model's dtype and "
-                "the sample; half precision may overflow (try bfloat16 or float32)."
+                f"The input of {name} has NaN or Inf values in {self._current.sample_name}. Check the model's dtype "
+                "and the sample; half precision may overflow (try bfloat16 or float32)."
             )
             raise nncf.ValidationError(msg)
 
 
 def _without_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Rows [n, IC] of an activation [B, T, IC] or [B·T, IC] that the mask [B, T] keeps; x itself where it does not fit."""
+    """Rows [n, IC] of an activation [B, T, IC] or [B·T, IC] that the mask [B, T] keeps; all where it does not fit."""
     if mask is None or x.numel() // x.shape[-1] != mask.numel():
         return x
     return x.reshape(-1, x.shape[-1])[mask.reshape(-1).to(x.device) != 0]

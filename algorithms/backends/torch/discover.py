@@ -60,8 +60,8 @@ def inspect_model(
     :param sample: what the model can be called with, to watch one forward pass; default: its dummy inputs.
     :param selected_roles: only layers named by one of these selectors count.
     :param ignored_scope: layers to leave dense.
-    :param wanted: selectors that the user wrote; layers outside of blocks, such as ``lm_head``, count only if named here
-        or in `selected_roles` by their role or a ``re:`` pattern.
+    :param wanted: selectors that the user wrote; layers outside of blocks, such as ``lm_head``, count only if named
+        here or in `selected_roles` by their role or a ``re:`` pattern.
     :raises nncf.UnsupportedModelError: the model has no FC layer in a block.
     :raises nncf.ValidationError: a selector or scope names nothing, or the model cannot take the sample.
     """
@@ -78,7 +78,8 @@ def inspect_model(
     for name in sorted(seen, key=lambda name: seen[name].order):
         grouped.setdefault((block_index(name), *seen[name].tensor), []).append(name)
     sites, kinds = [], {name: type(module).__name__ for name, module, _ in found}
-    left_out = [LeftOut(name, kinds[name], "did not run in the watched forward pass") for name in shapes if name not in seen]
+    silent = [name for name in shapes if name not in seen]
+    left_out = [LeftOut(name, kinds[name], "did not run in the watched forward pass") for name in silent]
     for (block, *_), names in grouped.items():
         kept = []
         for name in names:
@@ -168,5 +169,6 @@ def _fused_experts(model: nn.Module) -> list[LeftOut]:
     return [
         LeftOut(name, type(module).__name__, "experts fused into 3-D parameters are not supported yet")
         for name, module in model.named_modules()
-        if fc_shape(module) is None and any(p.dim() == 3 and "experts" in name for p in module.parameters(recurse=False))
+        if "experts" in name and fc_shape(module) is None
+        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
     ]

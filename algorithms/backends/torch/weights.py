@@ -13,7 +13,7 @@ def column_sums(model: nn.Module, name: str) -> torch.Tensor:
 
     Plain floating-point weights are summed in float64. Any other weight format is asked for its result,
     ``FC(ones) − FC(zeros)``, which needs no knowledge of the format and takes the weights that will run. Models
-    compressed by NNCF decompress weights in hooks that run only inside the model's forward; those hooks are applied here.
+    compressed by NNCF decompress weights in hooks that run only inside the model's forward; those are applied here.
 
     :param name: module name of the layer in the model.
     :return: float32 [out_features] on the layer's device.

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a calibration pass leaves behind: the sites and their histograms, mergeable and on disk.
+
+Statistics from several processes or machines merge into those of all data, bit for bit, and any number of plans follows
+from them without the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nncf
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from scap_nncf.algorithms.plan import Plan, sha256, write_atomically
+from scap_nncf.algorithms.scap.histogram import NUM_BUCKETS, ActivationHistogram
+from scap_nncf.algorithms.sites import Layer, Site
+
+STATISTICS_FILE = "statistics.safetensors"
+_FORMAT = "scap-nncf.statistics.1"
+_MAX_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class CalibrationStatistics:
+    """
+    :param sites: the calibrated sites, in the order of execution.
+    :param histograms: site name → activation histogram.
+    :param samples: number of samples seen.
+    """
+
+    sites: tuple[Site, ...]
+    histograms: Mapping[str, ActivationHistogram] = field(repr=False)
+    samples: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen by the first site."""
+        return self.histograms[self.sites[0].name].total // self.sites[0].width if self.sites else 0
+
+    def merge(self, other: CalibrationStatistics) -> CalibrationStatistics:
+        """
+        The statistics of both data sets; the order does not matter.
+
+        :raises nncf.ValidationError: the statistics are of different sites.
+        """
+        if self.sites != other.sites:
+            ours, theirs = {s.name for s in self.sites}, {s.name for s in other.sites}
+            msg = (
+                "Statistics of different sites cannot be merged: "
+                f"{len(ours - theirs)} sites are only in the first, {len(theirs - ours)} only in the second"
+                f"{'' if ours != theirs else ', and shapes or roles differ'}. Calibrate the same model and layers."
+            )
+            raise nncf.ValidationError(msg)
+        merged = {name: self.histograms[name].merge(other.histograms[name]) for name in self.histograms}
+        return CalibrationStatistics(self.sites, merged, self.samples + other.samples)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """
+        Write ``statistics.safetensors`` into a folder, atomically.
+
+        :raises nncf.ValidationError: the folder cannot be written.
+        """
+        return write_atomically(Path(folder) / STATISTICS_FILE, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CalibrationStatistics:
+        """
+        :param path: a folder with ``statistics.safetensors``, or the file.
+        :raises nncf.InvalidPathError: there is no such file.
+        :raises nncf.ValidationError: the file is damaged.
+        """
+        return cls.from_bytes(_read(Path(path)), str(path))
+
+    def to_bytes(self) -> bytes:
+        """
+        As safetensors: of each site the occupied bucket numbers (uint16) and their counts (int64); the sites themselves
+        are JSON in the metadata. Equal statistics give equal bytes.
+        """
+        tensors: dict[str, np.ndarray[Any, Any]] = {}
+        for index, site in enumerate(self.sites):
+            occupied = np.flatnonzero(self.histograms[site.name].counts)
+            tensors[f"{index}.buckets"] = occupied.astype(np.uint16)
+            tensors[f"{index}.counts"] = self.histograms[site.name].counts[occupied]
+        described = [
+            {
+                "name": site.name,
+                "block": site.block,
+                "layers": [[layer.name, layer.role, layer.in_features, layer.out_features] for layer in site.layers],
+                "exact": self.histograms[site.name].exact,
+            }
+            for site in self.sites
+        ]
+        metadata = {"scap_nncf": json.dumps({"format": _FORMAT, "samples": self.samples, "sites": described})}
+        return save_tensors(tensors, metadata=metadata)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, source: str) -> CalibrationStatistics:
+        """
+        :param source: how to name the content in an error.
+        :raises nncf.ValidationError: the content is damaged.
+        """
+        try:
+            tensors = load_tensors(content)
+            header_size = int.from_bytes(content[:8], "little")
+            described = json.loads(json.loads(content[8 : 8 + header_size])["__metadata__"]["scap_nncf"])
+            if described["format"] != _FORMAT:
+                msg = f"format is {described['format']!r}, expected {_FORMAT!r}"
+                raise ValueError(msg)
+            sites, histograms = [], {}
+            for index, item in enumerate(described["sites"]):
+                layers = tuple(Layer(str(n), str(r), int(i), int(o)) for n, r, i, o in item["layers"])
+                block = None if item["block"] is None else int(item["block"])
+                sites.append(Site(str(item["name"]), block, layers))
+                counts = np.zeros(NUM_BUCKETS, dtype=np.int64)
+                counts[tensors[f"{index}.buckets"]] = tensors[f"{index}.counts"]
+                histograms[sites[-1].name] = ActivationHistogram(counts, bool(item["exact"]))
+            return cls(tuple(sites), histograms, int(described["samples"]))
+        except (SafetensorError, KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
+            msg = f"{source} is no calibration statistics of scap-nncf, or damaged: {error!r}."
+            raise nncf.ValidationError(msg) from error
+
+
+def statistics_of_plan(folder: str | os.PathLike[str], plan: Plan) -> CalibrationStatistics | None:
+    """
+    The statistics that lie beside a plan, or None where the plan has none.
+
+    :raises nncf.ValidationError: the file is missing, damaged, or belongs to another plan.
+    """
+    if not plan.statistics:
+        return None
+    path = Path(folder) / STATISTICS_FILE  # the file's name is ours whatever the plan says
+    if not path.is_file():
+        msg = f"The plan refers to statistics, but {path} is missing. Copy the whole folder, or calibrate again."
+        raise nncf.ValidationError(msg)
+    content = _read(path)
+    if sha256(content) != plan.statistics.get("sha256"):
+        msg = f"{path} is damaged or belongs to another plan: its checksum differs from the plan's."
+        raise nncf.ValidationError(msg)
+    return CalibrationStatistics.from_bytes(content, str(path))
+
+
+def _read(path: Path) -> bytes:
+    file = path / STATISTICS_FILE if path.is_dir() else path
+    if not file.is_file():
+        msg = f"No calibration statistics at {file}."
+        raise nncf.InvalidPathError(msg)
+    if file.stat().st_size > _MAX_BYTES:
+        msg = f"{file} has {file.stat().st_size} bytes, more than statistics may have ({_MAX_BYTES})."
+        raise nncf.ValidationError(msg)
+    return file.read_bytes()
