@@ -9,7 +9,6 @@ names what was found.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +17,10 @@ import nncf
 import torch
 from torch import nn
 
-from scap_nncf.algorithms import roles
 from scap_nncf.algorithms.backends.torch.layers import fc_shape, input_argument, named_fc_layers
 from scap_nncf.algorithms.backends.torch.run import evaluation, forward_sample
-from scap_nncf.algorithms.plan import block_index
-from scap_nncf.algorithms.scope import ignored_reason
-from scap_nncf.algorithms.sites import Layer, LeftOut, ModelReport, Site
+from scap_nncf.algorithms.discovery import FoundLayer, make_report
+from scap_nncf.algorithms.sites import LeftOut, ModelReport
 
 
 @dataclass
@@ -70,58 +67,17 @@ def inspect_model(
         msg = f"{type(model).__name__} has no fully connected layer (no module with in_features and out_features)."
         raise nncf.UnsupportedModelError(msg)
     seen = _watch(model, [(name, module) for name, module, _ in found], sample)
-    shapes = {name: shape for name, _, shape in found}
-    has_blocks = any(block_index(name) is not None for name in shapes)
     head = _output_embedding_name(model)
-
-    grouped: dict[tuple[Any, ...], list[str]] = {}
-    for name in sorted(seen, key=lambda name: seen[name].order):
-        grouped.setdefault((block_index(name), *seen[name].tensor), []).append(name)
-    sites, kinds = [], {name: type(module).__name__ for name, module, _ in found}
+    kinds = {name: type(module).__name__ for name, module, _ in found}
+    shapes = {name: shape for name, _, shape in found}
     silent = [name for name in shapes if name not in seen]
     left_out = [LeftOut(name, kinds[name], "did not run in the watched forward pass") for name in silent]
-    for (block, *_), names in grouped.items():
-        kept = []
-        for name in names:
-            if roles.is_router(name, *shapes[name]):
-                left_out.append(LeftOut(name, kinds[name], "router: decides which expert runs"))
-            else:
-                kept.append(name)
-        layers = tuple(
-            Layer(name, _role(name, name == head, index, len(kept), shapes[name]), *shapes[name])
-            for index, name in enumerate(kept)
-        )
-        if layers:
-            sites.append(Site(layers[0].name, block, layers))
-
-    explicit = [*wanted, *(selected_roles or ())]
-    all_layers = [layer for site in sites for layer in site.layers]
-    roles.check_selectors(selected_roles or (), all_layers)
-    ignored = ignored_reason(ignored_scope, [(layer.name, kinds[layer.name]) for layer in all_layers])
-    result = []
-    for site in sites:
-        chosen = []
-        for layer in site.layers:
-            reason = ignored(layer.name)
-            if reason is None and (layer.role == "lm_head" or (has_blocks and site.block is None)):
-                named = any(s == layer.role or (s.startswith("re:") and roles.matches(s, layer)) for s in explicit)
-                reason = None if named else "outside of the blocks; name it to include it"
-            if reason is None and selected_roles is not None:
-                selected = any(roles.matches(selector, layer) for selector in selected_roles)
-                reason = None if selected else f"role {layer.role} not selected"
-            if reason is None:
-                chosen.append(layer)
-            else:
-                left_out.append(LeftOut(layer.name, kinds[layer.name], reason))
-        if chosen:
-            result.append(Site(chosen[0].name, site.block, tuple(chosen)))
     left_out += _fused_experts(model)
-    if not result:
-        reasons = Counter(item.reason for item in left_out)
-        why = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        msg = f"No fully connected layer of {type(model).__name__} is left to prune: {why}."
-        raise nncf.ValidationError(msg)
-    return ModelReport(tuple(result), tuple(left_out))
+    layers = [
+        FoundLayer(name, kinds[name], *shapes[name], tensor=seen[name].tensor, is_head=name == head)
+        for name in sorted(seen, key=lambda name: seen[name].order)
+    ]
+    return make_report(type(model).__name__, layers, selected_roles, ignored_scope, wanted, left_out)
 
 
 def _watch(model: nn.Module, layers: list[tuple[str, nn.Module]], sample: Any) -> dict[str, _Seen]:
@@ -148,12 +104,6 @@ def _watch(model: nn.Module, layers: list[tuple[str, nn.Module]], sample: Any) -
         for handle in handles:
             handle.remove()
     return seen
-
-
-def _role(name: str, is_head: bool, index: int, readers: int, shape: tuple[int, int]) -> str:
-    if is_head:
-        return "lm_head"
-    return roles.table_role(name) or roles.structural_role(index, readers, *shape)
 
 
 def _output_embedding_name(model: nn.Module) -> str | None:
