@@ -48,6 +48,8 @@ class CompressionBuilder(Algorithm):
     """
 
     config_type: ClassVar[type]
+    #: When a recipe runs this: "quantisation" steps come before "sparsity" steps.
+    stage: ClassVar[str] = "sparsity"
 
     def __init__(self, config: Any) -> None:
         self.config = config

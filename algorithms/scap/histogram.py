@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 NUM_BUCKETS = 1 << 16
 _SIGN = 0x8000
 _FIRST_NON_FINITE = 0x7F80  # +Inf; NaNs follow
+_SMALLEST_NORMAL = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ class ActivationHistogram:
         index = min(max(int(np.searchsorted(dropped, wanted)), 1), len(dropped) - 1)
         rise = dropped[index] - dropped[index - 1]
         inside = (wanted - dropped[index - 1]) / rise if rise > 0 else 1.0
-        return float(distance[index - 1] + min(max(inside, 0.0), 1.0) * (distance[index] - distance[index - 1]))
+        threshold = float(distance[index - 1] + min(max(inside, 0.0), 1.0) * (distance[index] - distance[index - 1]))
+        return threshold if threshold >= _SMALLEST_NORMAL else 0.0  # inside the bucket of exact zeros
 
     def realised(self, threshold: float, mode: float = 0.0) -> float:
         """Share of the values with ``|x − mode| <= threshold``, as far as the buckets tell."""

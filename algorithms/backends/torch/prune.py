@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import nncf
 import torch
 from torch import nn
 
@@ -21,6 +22,7 @@ from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan
 from scap_nncf.kernels.reference import prune
 
 _CONTROLLER = "_scap_controller"
+DEPLOYMENT = "_scap_deployment"  # what scap_nncf.deploy did to the model, while it is deployed
 CORRECTION = "scap_mode_correction"  # non-persistent buffer [OC]: follows the module's device, is not saved
 
 
@@ -96,6 +98,7 @@ def insert(model: nn.Module, plan: Plan) -> None:
 
     Nothing is attached if anything fails.
     """
+    _refuse_deployed(model)
     corrections = {
         layer.name: correction(model, site, layer)
         for site in plan.sites
@@ -124,6 +127,7 @@ def attach(module: nn.Module, pruner: Pruner, mode_correction: torch.Tensor | No
 
 def remove(model: nn.Module) -> None:
     """Detach every pruner: the model is as it was."""
+    _refuse_deployed(model)
     for module in model.modules():
         for hooks, extra in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
@@ -140,19 +144,30 @@ def remove(model: nn.Module) -> None:
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
     """Switch all pruning on or off."""
+    if DEPLOYMENT in model.__dict__:
+        model.__dict__[DEPLOYMENT].set_enabled(enabled)
     for _, pruner in named_pruners(model):
         pruner.enabled = enabled
 
 
 def counts(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Zeros and values counted at the input of each pruned layer since the last reset; padding counts as well."""
-    return {pruner.layer.name: (int(pruner.zeros), pruner.total) for _, pruner in named_pruners(model)}
+    deployed = model.__dict__[DEPLOYMENT].counts() if DEPLOYMENT in model.__dict__ else {}
+    return deployed | {pruner.layer.name: (int(pruner.zeros), pruner.total) for _, pruner in named_pruners(model)}
 
 
 def reset_counts(model: nn.Module) -> None:
     """Start counting anew."""
+    if DEPLOYMENT in model.__dict__:
+        model.__dict__[DEPLOYMENT].reset_counts()
     for _, pruner in named_pruners(model):
         pruner.reset()
+
+
+def _refuse_deployed(model: nn.Module) -> None:
+    if DEPLOYMENT in model.__dict__:
+        msg = "The model is deployed; take it back with scap_nncf.undeploy(model) before its pruning is changed."
+        raise nncf.ValidationError(msg)
 
 
 def store_controller(model: nn.Module, controller: Any) -> None:
