@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Modules that run FC layers with the kernels that skip weights.
+
+A :class:`Projection` holds the only copy of the weights of the layers that read one tensor, input channel by input
+channel, and runs them as one launch. :class:`DeployedLinear` stands where such a layer stood, :class:`DeployedGlu`
+where a gated feed-forward stood. The layers they replace live on outside of the module tree: their parameters are views
+into the projection, so nothing is stored twice, ``state_dict`` keeps its names, and they can be put back.
+
+All of this is for inference: weights are frozen and no gradient flows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import ops, reference
+from .packing import QuantWeight
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    One FC layer of a projection.
+
+    :param name: name of the layer in the model.
+    :param module: the layer itself, kept out of the module tree.
+    :param out_features: its outputs.
+    :param threshold: τ; negative keeps every input.
+    :param sparsity: expected share of dropped inputs, a hint for the choice of tiles.
+    """
+
+    name: str
+    module: nn.Module
+    out_features: int
+    threshold: float
+    sparsity: float
+
+
+class Projection(nn.Module):
+    """
+    FC layers that read the same tensor, run as one.
+
+    ``y = kept(x − η) @ W + (b + η·colsum(W))``, each layer with its own threshold (SCAP paper, sections 2 and 3.3);
+    tokens that the policy does not prune get ``x @ W + b``. With an `activation` the outputs are the halves gate | up of
+    a gated feed-forward and the result is ``activation(gate) * up``.
+
+    :param parts: the layers in the order of their outputs.
+    :param mode: η, one for all.
+    :param bias: plain biases of all parts together [N], zero where a layer has none; None where none has.
+    :param decode_only: prune only tokens that come alone (sequence length 1).
+    :param activation: a name that the kernels know, or None.
+    :param use_reference: run the plain torch definition instead of a kernel.
+    """
+
+    bias: torch.Tensor | None
+    fused_bias: torch.Tensor | None
+    zeros: torch.Tensor | None
+    total: torch.Tensor | None
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        mode: float,
+        bias: torch.Tensor | None,
+        decode_only: bool = False,
+        activation: str | None = None,
+        use_reference: bool = False,
+    ) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.mode = mode
+        self.decode_only = decode_only
+        self.activation = activation
+        self.use_reference = use_reference
+        self.enabled = True
+        self.segments = [part.out_features for part in self.parts]
+        self.thresholds = [part.threshold for part in self.parts]
+        self.out_features = sum(self.segments)
+        self.sparsity = sum(part.sparsity * part.out_features for part in self.parts) / self.out_features
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("fused_bias", None, persistent=False)
+        self.register_buffer("zeros", None, persistent=False)
+        self.register_buffer("total", None, persistent=False)
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def active(self, x: torch.Tensor) -> bool:
+        """Whether these tokens are pruned, from the policy and the shape [..., T, K]."""
+        if not self.enabled:
+            return False
+        return not self.decode_only or x.dim() < 2 or x.shape[-2] == 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """:param x: [..., K]; returns [..., N], or [..., N / 2] with an activation, in the dtype of x."""
+        if not self.active(x):
+            return self._gate(self._dense(x))
+        if self.zeros is not None:
+            self._count(x)
+        return self._sparse(x)
+
+    def _sparse(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _dense(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _gate(self, y: torch.Tensor) -> torch.Tensor:
+        if self.activation is None:
+            return y
+        gate, up = y.chunk(2, dim=-1)
+        return reference.activate(gate, self.activation) * up
+
+    def refresh_bias(self) -> None:
+        """Compute the fused bias ``b + η·colsum(W)`` [N] anew."""
+        raise NotImplementedError
+
+    def reload(self) -> None:
+        """Follow the layers after new values were written into their parameters."""
+        self.bias = joined_bias([part.module for part in self.parts], self.segments, self._dtype())
+        self.refresh_bias()
+
+    def _dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    # -- counters ------------------------------------------------------------------------------------------------
+
+    def set_counting(self, on: bool) -> None:
+        """
+        Count dropped inputs of each layer from now on, or stop.
+
+        Counts are added up on the device, inside CUDA graphs too, and read only by :meth:`counts`.
+        """
+        if on == (self.zeros is not None):
+            return
+        device = self._device()
+        self.zeros = torch.zeros(len(self.parts), dtype=torch.int64, device=device) if on else None
+        self.total = torch.zeros((), dtype=torch.int64, device=device) if on else None
+
+    def reset_counts(self) -> None:
+        """Start counting anew."""
+        if self.zeros is not None and self.total is not None:
+            self.zeros.zero_()
+            self.total.zero_()
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Dropped and seen inputs by layer name; empty where nothing is counted. Waits for the device."""
+        if self.zeros is None or self.total is None:
+            return {}
+        zeros, total = self.zeros.tolist(), int(self.total)
+        return {part.name: (zeros[i], total) for i, part in enumerate(self.parts)}
+
+    def _count(self, x: torch.Tensor) -> None:
+        assert self.zeros is not None and self.total is not None
+        size = ((x if x.dtype == torch.float64 else x.float()) - self.mode).abs()
+        dropped = {threshold: (size <= threshold).sum() for threshold in dict.fromkeys(self.thresholds)}
+        self.zeros.add_(torch.stack([dropped[threshold] for threshold in self.thresholds]))
+        self.total.add_(x.numel())
+
+    def _device(self) -> torch.device:
+        return next(self.parameters(recurse=False), next(self.buffers(recurse=False), torch.empty(0))).device
+
+    # -- the layers behind it ------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing: the stand-ins save what the layers would have saved, under their names."""
+
+    def _load_from_state_dict(self, *_args: Any) -> None:
+        """Nothing, likewise."""
+
+    def release(self) -> None:
+        """Give the layers back parameters of their own."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        thresholds = ", ".join(f"{value:.4g}" for value in self.thresholds)
+        text = f"out_features={self.out_features}, thresholds=[{thresholds}], mode={self.mode:.4g}"
+        return text + (f", activation={self.activation}" if self.activation else "")
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether the layer stores its weight [K, N] (transformers' Conv1D) and not [N, K]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def joined_bias(modules: Sequence[nn.Module], widths: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+    """The biases of layers side by side [N], zeros for a layer without; None where none has a bias."""
+    biases = [getattr(module, "bias", None) for module in modules]
+    if all(bias is None for bias in biases):
+        return None
+    device = next(bias.device for bias in biases if bias is not None)
+    parts = [
+        torch.zeros(width, dtype=dtype, device=device) if bias is None else bias.detach().to(dtype)
+        for bias, width in zip(biases, widths, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+class FloatProjection(Projection):
+    """
+    A projection over floating-point weights, one contiguous copy ``weight`` [K, N].
+
+    Building it moves the weights: the layers' parameters become views, and their own memory is free afterwards. Until
+    then there is a second copy of these layers alone.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, parts: Sequence[Part], mode: float, **options: Any) -> None:
+        modules, widths = [part.module for part in parts], [part.out_features for part in parts]
+        dtype = modules[0].weight.dtype
+        super().__init__(parts, mode, joined_bias(modules, widths, dtype), **options)
+        with torch.no_grad():
+            matrices = [m.weight.detach() if _is_transposed(m) else m.weight.detach().t() for m in modules]
+            if len(matrices) == 1:
+                weight = matrices[0].contiguous()
+            else:
+                weight = torch.empty((matrices[0].shape[0], self.out_features), dtype=dtype, device=matrices[0].device)
+                torch.cat(matrices, dim=1, out=weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._tie()
+        self.refresh_bias()
+
+    @property
+    def in_features(self) -> int:
+        """K, the number of input channels."""
+        return self.weight.shape[0]
+
+    def _tie(self) -> None:
+        start = 0
+        for part in self.parts:
+            view = self.weight.data[:, start : start + part.out_features]
+            part.module.weight.data = view if _is_transposed(part.module) else view.t()
+            start += part.out_features
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FloatProjection:
+        # Moves and casts go through here; the layers kept outside follow their projection.
+        before = (self.weight.data_ptr(), self.weight.dtype, self.weight.device)
+        super()._apply(fn, recurse)
+        if (self.weight.data_ptr(), self.weight.dtype, self.weight.device) != before:
+            self._tie()
+            for part in self.parts:
+                if part.module.bias is not None:
+                    part.module.bias.data = fn(part.module.bias.data)
+                for key, buffer in part.module._buffers.items():
+                    part.module._buffers[key] = None if buffer is None else fn(buffer)
+            self.refresh_bias()
+        return self
+
+    def release(self) -> None:
+        with torch.no_grad():
+            for part in self.parts:
+                part.module.weight.data = part.module.weight.data.contiguous()
+
+    def refresh_bias(self) -> None:
+        self.fused_bias = reference.fuse_bias(self.weight.detach(), self.bias, self.mode)
+
+    def _dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def _dense(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.t(), self.bias)
+
+    def _sparse(self, x: torch.Tensor) -> torch.Tensor:
+        run = reference if self.use_reference else ops
+        options = {} if self.use_reference else {"sparsity": self.sparsity}
+        if self.activation is None:
+            return run.sparse_fc(
+                x, self.weight, self.thresholds, self.segments, self.mode, self.fused_bias, **options
+            )
+        gate, up = self.thresholds[0], self.thresholds[-1]
+        return run.sparse_glu(x, self.weight, gate, up, self.mode, self.activation, self.fused_bias, **options)
+
+
+class _Handover:
+    """
+    What layers of one projection pass on within one step: the first that sees a tensor computes for all.
+
+    The pair is replaced as a whole, and used only for the very same tensor object, so that a caller who runs layers in
+    another order or from another thread gets a second computation and never a wrong result.
+    """
+
+    __slots__ = ("pending",)
+
+    def __init__(self) -> None:
+        self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Handover:
+        copy = _Handover()
+        memo[id(self)] = copy
+        return copy
+
+
+class DeployedLinear(nn.Module):
+    """
+    Stands where one FC layer stood; computes with the projection that it shares with its neighbours.
+
+    :param projection: owned by the first layer of the projection, so that it is registered once.
+    :param index: which part of the projection this is.
+    """
+
+    def __init__(self, projection: Projection, index: int, handover: _Handover) -> None:
+        super().__init__()
+        part = projection.parts[index]
+        if index == 0:
+            self.projection = projection
+        self._shared = (projection,)  # a tuple hides it from the module tree
+        self._handover = handover
+        self._original = (part.module,)
+        self.out_features = part.out_features
+        self.start = sum(projection.segments[:index])
+        self.is_first = index == 0
+        self.is_last = index == len(projection.parts) - 1
+        self.alone = self.is_first and self.is_last
+
+    @property
+    def in_features(self) -> int:
+        """Input channels."""
+        return self._shared[0].in_features  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as the replaced layer stores it: a view into the projection."""
+        return self._original[0].weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The plain bias of the replaced layer."""
+        return self._original[0].bias  # type: ignore[return-value]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """:param input: [..., K]; returns [..., out_features]."""
+        projection = self._shared[0]
+        if self.alone:
+            return projection(input)
+        pending = self._handover.pending
+        # the first always computes: a caller may have written new values into the same tensor
+        if self.is_first or pending is None or pending[0] is not input:
+            pending = (input, projection(input))
+        self._handover.pending = None if self.is_last else pending
+        return pending[1][..., self.start : self.start + self.out_features]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DeployedLinear:
+        self._shared[0]._apply(fn)  # a second time does nothing
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._original[0]._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._original[0]._load_from_state_dict(state_dict, prefix, *args)  # in place: the projection sees it
+        self._shared[0].reload()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class DeployedGlu(nn.Module):
+    """
+    Stands where a gated feed-forward stood: ``down(activation(gate(x)) * up(x))``, gate, up and activation in one launch.
+
+    :param gate_up: projection with an activation.
+    :param names: child names of its layers in the feed-forward.
+    :param down: the last layer, deployed or as it was, under its old name.
+    """
+
+    def __init__(self, gate_up: Projection, names: Sequence[str], down: nn.Module, down_name: str) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+        self._names = tuple(names)
+        self._down_name = down_name
+        self.add_module(down_name, down)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """:param x: [..., K]; returns [..., outputs of down]."""
+        return getattr(self, self._down_name)(self.gate_up(x))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, part in zip(self._names, self.gate_up.parts):
+            part.module._save_to_state_dict(destination, f"{prefix}{name}.", keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name, part in zip(self._names, self.gate_up.parts):
+            part.module._load_from_state_dict(state_dict, f"{prefix}{name}.", *args)
+        self.gate_up.reload()
+
+
+def deployed_layers(projection: Projection) -> list[DeployedLinear]:
+    """Stand-ins for all layers of a projection, in the order of its parts."""
+    handover = _Handover()
+    return [DeployedLinear(projection, index, handover) for index in range(len(projection.parts))]

@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Deployment: simulated pruning is replaced by kernels that skip the weights of dropped inputs.
+
+``deploy`` changes a sparse PyTorch model in place; ``undeploy`` gives the simulated model back, bit for bit. Layers that
+read one tensor become one launch, gate, up and activation of a gated feed-forward become one launch, and there is one
+copy of the weights, input channel by input channel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import nncf
+import torch
+from nncf.common.logging import nncf_logger
+from nncf.common.utils.helpers import create_table
+from torch import nn
+
+from scap_nncf.algorithms.backends.torch.prune import DEPLOYMENT, Pruner, named_pruners
+from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan
+from scap_nncf.algorithms.scap.controller import get_controller
+from scap_nncf.algorithms.sites import LeftOut
+from scap_nncf.kernels import gated
+from scap_nncf.kernels.modules import DeployedGlu, FloatProjection, Part, Projection, deployed_layers
+
+TModel = TypeVar("TModel")
+
+BACKENDS = ("triton", "reference")
+#: A site drifts when its realised sparsity is further than this from the target, as a share of its inputs.
+DRIFT_BOUND = 0.05
+#: Fewer counted tokens than this say nothing about a site.
+DRIFT_TOKENS = 256
+
+
+def deploy(model: TModel, backend: str = "triton", *, counters: bool = False) -> TModel:
+    """
+    Replace simulated pruning by kernels that skip weights, in place.
+
+    The deployed model computes what the simulation computes, with the same thresholds, modes and token policy; results
+    differ by rounding alone. It works with ``generate`` (dynamic and static caches, beams, assisted decoding), under
+    ``torch.compile`` and in CUDA graphs. It is for inference: no gradients.
+
+    - Layers of a site run as one launch; a feed-forward ``down(act(gate(x)) * up(x))`` is recognised by what it
+      computes and runs as two.
+    - Weights are moved, not copied: beside the model there is never more than a second copy of the layers of one site,
+      and none afterwards. Move the model to its device before; moving or casting it later works too.
+    - ``state_dict`` keeps names and shapes, and ``save_pretrained`` of transformers models saves the dense weights as
+      before. The plan is saved by the controller.
+    - Layers that no kernel serves stay simulated, and one warning says which and why.
+
+    .. code-block:: python
+
+        model = nncf.compress(model, algorithm="scap", dataset=dataset, sparsity=0.5).cuda()
+        scap_nncf.deploy(model)
+        model.generate(...)
+
+    :param model: a PyTorch model with activation sparsity, see :func:`scap_nncf.compress`.
+    :param backend: ``triton`` for GPUs (on a CPU, or without Triton, the plain torch definition runs, with a warning);
+        ``reference`` for the plain torch definition everywhere.
+    :param counters: count the realised sparsity of every layer on the device, see :func:`drift`. Costs a few
+        microseconds a site and token.
+    :return: the model.
+    :raises nncf.ValidationError: the model has no activation sparsity, or is deployed already.
+    :raises nncf.ParameterNotSupportedError: unknown backend.
+    :raises nncf.UnsupportedBackendError: no PyTorch model.
+    """
+    if backend not in BACKENDS:
+        known = ", ".join(map(repr, BACKENDS))
+        extra = " The backend 'cpu' for OpenVINO models is not part of this version." if backend == "cpu" else ""
+        msg = f"backend must be one of {known}, got {backend!r}.{extra}"
+        raise nncf.ParameterNotSupportedError(msg)
+    root = _unwrapped(model)
+    controller = get_controller(root)
+    if controller is None:
+        msg = (
+            "The model has no activation sparsity to deploy; calibrate it first with "
+            "nncf.compress(model, algorithm='scap', dataset=...)."
+        )
+        raise nncf.ValidationError(msg)
+    if is_deployed(root):
+        msg = "The model is deployed already; scap_nncf.undeploy(model) takes it back."
+        raise nncf.ValidationError(msg)
+    deployment = Deployment(root, backend)
+    try:
+        _replace_layers(deployment, controller.plan)
+    except BaseException:
+        deployment.undo()
+        raise
+    root.__dict__[DEPLOYMENT] = deployment
+    if hasattr(root, "save_pretrained"):
+        root.__dict__["save_pretrained"] = partial(_save_pretrained, root)
+    deployment.set_counting(counters)
+    _warn(deployment)
+    return model
+
+
+def undeploy(model: TModel) -> TModel:
+    """
+    Give the simulated model back, bit for bit, in place.
+
+    :raises nncf.ValidationError: the model is not deployed.
+    """
+    deployment_of(model).undo()
+    root = _unwrapped(model)
+    del root.__dict__[DEPLOYMENT]
+    root.__dict__.pop("save_pretrained", None)
+    return model
+
+
+def is_deployed(model: Any) -> bool:
+    """Whether :func:`deploy` has changed this model."""
+    return DEPLOYMENT in getattr(_unwrapped(model), "__dict__", {})
+
+
+def deployment_of(model: Any) -> Deployment:
+    """
+    What :func:`deploy` did to the model.
+
+    :raises nncf.ValidationError: the model is not deployed.
+    """
+    if not is_deployed(model):
+        msg = "The model is not deployed; scap_nncf.deploy(model) does that."
+        raise nncf.ValidationError(msg)
+    return _unwrapped(model).__dict__[DEPLOYMENT]
+
+
+# -- drift -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """
+    :param sparsity: target.
+    :param realised_sparsity: share of inputs that were dropped.
+    :param tokens: how many were counted.
+    """
+
+    name: str
+    role: str
+    weights: int
+    sparsity: float
+    realised_sparsity: float
+    tokens: int
+
+    @property
+    def drift(self) -> float:
+        """Realised minus target."""
+        return self.realised_sparsity - self.sparsity
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """Realised against target sparsity of a deployed model in use; ``str()`` is a table of the furthest layers."""
+
+    layers: tuple[LayerDrift, ...]
+    bound: float
+
+    @property
+    def drifted(self) -> tuple[LayerDrift, ...]:
+        """Layers beyond the bound, the furthest first."""
+        beyond = [layer for layer in self.layers if layer.tokens >= DRIFT_TOKENS and abs(layer.drift) > self.bound]
+        return tuple(sorted(beyond, key=lambda layer: -abs(layer.drift)))
+
+    @property
+    def recalibrate(self) -> bool:
+        """Whether any layer drifted."""
+        return bool(self.drifted)
+
+    @property
+    def sparsity(self) -> float:
+        """Target, weighted by weight elements."""
+        return self._weighted([layer.sparsity for layer in self.layers])
+
+    @property
+    def realised_sparsity(self) -> float:
+        """Realised, weighted by weight elements."""
+        return self._weighted([layer.realised_sparsity for layer in self.layers])
+
+    def _weighted(self, values: Sequence[float]) -> float:
+        total = sum(layer.weights for layer in self.layers)
+        return sum(layer.weights * value for layer, value in zip(self.layers, values)) / total if total else 0.0
+
+    def __str__(self) -> str:
+        furthest = sorted(self.layers, key=lambda layer: -abs(layer.drift))[:10]
+        rows: list[list[Any]] = [
+            [layer.name, layer.role, f"{layer.sparsity:.3f}", f"{layer.realised_sparsity:.3f}", layer.tokens]
+            for layer in furthest
+        ]
+        rows.append(["all", "", f"{self.sparsity:.3f}", f"{self.realised_sparsity:.3f}", ""])
+        return create_table(header=["Layer", "Role", "Target", "Realised", "Tokens"], rows=rows)
+
+
+def drift(model: Any, bound: float = DRIFT_BOUND) -> DriftReport:
+    """
+    Realised against target sparsity since the counters were reset, for a model deployed with ``counters=True``.
+
+    Warns to recalibrate when a layer with at least 256 counted tokens is further from its target than `bound`: then the
+    activations in use are no longer those of the calibration. Less sparsity than planned costs speed, more costs quality.
+
+    :param bound: largest difference of realised and target sparsity, as a share of the inputs.
+    :raises nncf.ValidationError: the model is not deployed or has no counters.
+    """
+    deployment = deployment_of(model)
+    counts = deployment.counts()
+    if not counts:
+        msg = "Nothing is counted; switch it on with scap_nncf.deploy(model, counters=True) and run the model."
+        raise nncf.ValidationError(msg)
+    controller = get_controller(_unwrapped(model))
+    assert controller is not None
+    layers = []
+    for layer in controller.plan.layers:
+        dropped, seen = counts.get(layer.name, (0, 0))
+        if seen and layer.threshold >= 0:
+            layers.append(
+                LayerDrift(
+                    layer.name,
+                    layer.role,
+                    layer.in_features * layer.out_features,
+                    layer.sparsity,
+                    dropped / seen,
+                    seen // layer.in_features,
+                )
+            )
+    report = DriftReport(tuple(layers), bound)
+    if report.recalibrate:
+        worst = report.drifted[0]
+        nncf_logger.warning(
+            f"{len(report.drifted)} of {len(report.layers)} layers drifted by more than {bound:.0%} from their target "
+            f"sparsity; furthest is {worst.name}: {worst.realised_sparsity:.1%} instead of {worst.sparsity:.1%} over "
+            f"{worst.tokens} tokens. Recalibrate with data like that in use."
+        )
+    return report
+
+
+# -- what deploy did -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Deployment:
+    """
+    The record of a deployment: what was replaced, and how it is undone.
+
+    :param model: the deployed model.
+    :param left: planned layers that stay simulated, and why.
+    """
+
+    model: nn.Module
+    backend: str
+    projections: list[Projection] = field(default_factory=list)
+    swaps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)  # parent, child name, what was there
+    left: list[LeftOut] = field(default_factory=list)
+    decode_only: bool = False
+
+    def __repr__(self) -> str:
+        return f"Deployment({self.backend!r}, {len(self.projections)} projections, {len(self.left)} layers simulated)"
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put a module where the one of this name is."""
+        parent_name, _, child = name.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        module.train(parent.training)
+        self.swaps.append((parent, child, parent._modules[child]))  # type: ignore[arg-type]
+        parent._modules[child] = module
+
+    def undo(self) -> None:
+        """Put everything back as it was."""
+        while self.swaps:
+            parent, child, original = self.swaps.pop()
+            original.train(parent.training)
+            parent._modules[child] = original
+        while self.projections:
+            self.projections.pop().release()
+            _free_cached_memory(self.model)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Dropped and seen inputs by layer name, where counted."""
+        return {name: count for projection in self.projections for name, count in projection.counts().items()}
+
+    def reset_counts(self) -> None:
+        """Start counting anew."""
+        for projection in self.projections:
+            projection.reset_counts()
+
+    def set_counting(self, on: bool) -> None:
+        """Switch the counters on or off."""
+        for projection in self.projections:
+            projection.set_counting(on)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch all pruning on or off; off is the dense model, on the same weights."""
+        for projection in self.projections:
+            projection.enabled = enabled
+            for part in projection.parts:  # the simulation that undeploy gives back
+                for _, pruner in named_pruners(part.module):
+                    pruner.enabled = enabled
+
+
+def _replace_layers(deployment: Deployment, plan: Plan) -> None:
+    model = deployment.model
+    deployment.decode_only = plan.prune == "decode"
+    reasons: dict[str, str] = {}
+    for layer in plan.layers:
+        reason = _unsupported(model.get_submodule(layer.name))
+        if reason is not None:
+            reasons[layer.name] = reason
+            deployment.left.append(LeftOut(layer.name, type(model.get_submodule(layer.name)).__name__, reason))
+    standins: dict[str, nn.Module] = {}
+    gated_parents: list[tuple[str, gated.GatedFeedForward, Projection]] = []
+    for site in plan.sites:
+        layers = [layer for layer in site.layers if layer.name not in reasons]
+        for parent, found, inputs in _gated_of(model, layers):
+            projection = _project(deployment, site, inputs, found.activation)
+            gated_parents.append((parent, found, projection))
+            layers = [layer for layer in layers if layer not in inputs]
+        for group in _groups(model, site, layers):
+            projection = _project(deployment, site, group, None)
+            names = [layer.name for layer in group]
+            standins.update(zip(names, deployed_layers(projection), strict=True))
+    for parent, found, projection in gated_parents:
+        name = f"{parent}.{found.down}"
+        down = standins.pop(name, None) or model.get_submodule(name)
+        deployment.replace(parent, DeployedGlu(projection, found.inputs, down, found.down))
+    for name, module in standins.items():
+        deployment.replace(name, module)
+
+
+def _project(deployment: Deployment, site: SitePlan, layers: Sequence[LayerPlan], activation: str | None) -> Projection:
+    parts = [
+        Part(
+            layer.name,
+            deployment.model.get_submodule(layer.name),
+            layer.out_features,
+            layer.threshold,
+            layer.sparsity if layer.threshold >= 0 else 0.0,
+        )
+        for layer in layers
+    ]
+    projection = FloatProjection(
+        parts,
+        _mode(site, layers[0]),
+        activation=activation,
+        decode_only=deployment.decode_only,
+        use_reference=deployment.backend == "reference",
+    )
+    projection.enabled = all(pruner.enabled for part in parts for _, pruner in named_pruners(part.module))
+    deployment.projections.append(projection)
+    _free_cached_memory(deployment.model)
+    return projection
+
+
+def _mode(site: SitePlan, layer: LayerPlan) -> float:
+    # a layer that keeps everything is not centred, as in the simulation
+    return site.mode if layer.threshold >= 0 else 0.0
+
+
+def _groups(model: nn.Module, site: SitePlan, layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
+    """Layers of a site that can share a launch."""
+    groups: dict[tuple[Any, ...], list[LayerPlan]] = {}
+    for layer in layers:
+        groups.setdefault(_kind(model, site, layer), []).append(layer)
+    yield from groups.values()
+
+
+def _kind(model: nn.Module, site: SitePlan, layer: LayerPlan) -> tuple[Any, ...]:
+    weight = model.get_submodule(layer.name).weight
+    return _mode(site, layer), weight.dtype, weight.device
+
+
+def _gated_of(
+    model: nn.Module, layers: Sequence[LayerPlan]
+) -> Iterator[tuple[str, gated.GatedFeedForward, list[LayerPlan]]]:
+    """Gated feed-forwards whose first layers are among these: name, description, and these layers as gate, up."""
+    by_parent: dict[str, dict[str, LayerPlan]] = {}
+    for layer in layers:
+        parent, _, child = layer.name.rpartition(".")
+        by_parent.setdefault(parent, {})[child] = layer
+    for parent, children in by_parent.items():
+        if not parent:
+            continue  # the model itself cannot be replaced
+        module = model.get_submodule(parent)
+        candidates = [name for name, child in module.named_children() if _is_fc(child)]
+        found = gated.recognise(module, candidates)
+        if found is None or any(name not in children for name in found.inputs) or found.down in children:
+            continue
+        inputs = [children[name] for name in found.inputs]
+        kinds = {(layer.threshold >= 0, *_shape_and_kind(model.get_submodule(layer.name))) for layer in inputs}
+        if len(kinds) == 1:
+            yield parent, found, inputs
+
+
+def _shape_and_kind(module: nn.Module) -> tuple[Any, ...]:
+    return tuple(module.weight.shape), module.weight.dtype, module.weight.device  # type: ignore[union-attr]
+
+
+def _is_fc(module: nn.Module) -> bool:
+    from scap_nncf.algorithms.backends.torch.layers import fc_shape
+
+    return fc_shape(module) is not None
+
+
+def _unsupported(module: nn.Module) -> str | None:
+    """Why no kernel serves a layer, or None."""
+    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+        return f"no kernel for {type(module).__name__}"
+    weight = module._parameters.get("weight")
+    if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
+        return f"its weight is {'computed' if weight is None else type(weight.data).__name__}, not a plain parameter"
+    if weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f"no kernel for {str(weight.dtype).removeprefix('torch.')} weights"
+    if weight.is_meta:
+        return "its weights are offloaded"
+    if weight.is_cuda and weight.dtype == torch.float64:
+        return "no GPU kernel for float64"
+    if "forward" in module.__dict__:
+        return "its forward is patched (offloading or another tool)"
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if any(not isinstance(getattr(hook, "__self__", None), Pruner) for hook in hooks):
+        return "it has forward hooks of others"
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and not _is_linear(module):
+        return f"{type(module).__name__} computes something else than x @ W + b"
+    return None
+
+
+def _is_linear(module: nn.Linear) -> bool:
+    """Whether a subclass of ``nn.Linear`` computes what its base class computes; tried on two random rows."""
+    if set(module._parameters) != {"weight", "bias"} or any(True for _ in module.children()):
+        return False
+    weight = module.weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            result = module.forward(x)
+        except Exception:  # it wants other arguments: no plain layer
+            return False
+        expected = nn.functional.linear(x, weight, module.bias)
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2
+    return isinstance(result, torch.Tensor) and torch.allclose(result, expected, tolerance, tolerance)
+
+
+def _warn(deployment: Deployment) -> None:
+    problems = []
+    if deployment.backend == "triton":
+        on_gpu = any(p.is_cuda for p in deployment.model.parameters())
+        if not on_gpu:
+            problems.append("the model is not on a GPU, so the plain torch definition runs: correct, not fast")
+        elif importlib.util.find_spec("triton") is None:
+            problems.append("Triton is missing (pip install 'scap-nncf[triton]'): correct, not fast")
+    if deployment.left:
+        for (kind, reason), count in Counter((item.kind, item.reason) for item in deployment.left).items():
+            first = next(item.name for item in deployment.left if (item.kind, item.reason) == (kind, reason))
+            more = f" and {count - 1} more" if count > 1 else ""
+            problems.append(f"{first}{more} stay simulated: {reason}")
+    if problems:
+        nncf_logger.warning(f"deploy: {'; '.join(problems)}.")
+
+
+def _free_cached_memory(model: nn.Module) -> None:
+    # Freed weights are blocks too small for the next projection; without this, reserved memory would grow to twice
+    # the model.
+    if any(p.is_cuda for p in model.parameters()):
+        torch.cuda.empty_cache()
+
+
+def _save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("state_dict") is None:
+        # safetensors takes neither views of shared memory nor transposed ones
+        kwargs["state_dict"] = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def _unwrapped(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
