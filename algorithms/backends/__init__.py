@@ -8,7 +8,7 @@ Each backend is a package with the functions of :class:`Backend`; algorithms spe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import nncf
 from nncf.common.tensor_statistics.collectors import TensorCollector
@@ -16,8 +16,10 @@ from nncf.common.tensor_statistics.statistic_point import StatisticPointsContain
 from nncf.common.utils.backend import BackendType, get_backend
 
 from scap_nncf.algorithms.plan import Plan, SitePlan
-from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 from scap_nncf.algorithms.sites import ModelReport, Site
+
+if TYPE_CHECKING:  # the algorithms import this package
+    from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 
 
 class Backend(Protocol):
@@ -90,6 +92,10 @@ def backend_of(model: Any) -> Backend:
 
     :raises nncf.UnsupportedBackendError: neither a PyTorch module nor an OpenVINO model.
     """
+    if _is_optimum_model(model):
+        from scap_nncf.algorithms.backends import openvino as openvino_backend
+
+        return openvino_backend
     try:
         kind = get_backend(model)
     except nncf.UnsupportedBackendError:
@@ -98,8 +104,18 @@ def backend_of(model: Any) -> Backend:
         from scap_nncf.algorithms.backends import torch as torch_backend
 
         return torch_backend
+    if kind == BackendType.OPENVINO:
+        from scap_nncf.algorithms.backends import openvino as openvino_backend
+
+        return openvino_backend
     msg = (
-        f"Activation sparsity supports PyTorch modules, got {type(model).__name__}"
+        f"Activation sparsity supports PyTorch modules and OpenVINO models, got {type(model).__name__}"
         f"{'' if kind is None else f' ({kind.value})'}."
     )
     raise nncf.UnsupportedBackendError(msg)
+
+
+def _is_optimum_model(model: Any) -> bool:
+    """Whether this is a model object of Optimum-Intel, which holds OpenVINO models; without importing it."""
+    modules = {kind.__module__ for kind in type(model).__mro__}
+    return any(name.startswith("optimum.intel.openvino") for name in modules) and hasattr(model, "ov_models")
