@@ -61,22 +61,35 @@ def inspect_model(
         )
         for layer in sorted(layers, key=_execution_order(layers, tensors))
     ]
-    left_out = [LeftOut(item.name, KIND, item.reason) for item in unfit]
+    left_out = [LeftOut(item.name, KIND, item.reason) for item in dict.fromkeys(unfit)]
     return make_report("The OpenVINO model", found, selected_roles, ignored_scope, wanted, left_out)
 
 
 def _execution_order(layers: Sequence[FcLayer], tensors: dict[str, Any]) -> Any:
     """
-    Sort key: sites as they come in the graph; inside a site q before k before v, and gate before up. A graph has no
-    order among readers of one tensor, while a PyTorch module has: this makes both name their sites alike.
-    """
-    first: dict[Any, int] = {}
-    for index, layer in enumerate(layers):
-        first.setdefault((block_index(layer.name), tensors[layer.name]), index)
+    Sort key that puts layers into the order in which a PyTorch module runs them, so that sites are named alike.
 
-    def key(layer: FcLayer) -> tuple[int, int]:
+    A graph has no order among the readers of one tensor, nor among parallel branches: q comes before k and v, gate
+    before up, and attention before the feed-forward part. Where a role occurs twice in a block (self and cross
+    attention), the block's sites stay in the order of the graph.
+    """
+    ranks: dict[str, int] = {}
+    sites: dict[Any, list[tuple[int, int]]] = {}  # (block, tensor) → position in the graph and rank of each layer
+    for index, layer in enumerate(layers):
         role = roles.table_role(layer.name)
-        rank = roles.ROLES.index(role) if role in roles.ROLES else len(roles.ROLES)
-        return first[(block_index(layer.name), tensors[layer.name])], rank
+        ranks[layer.name] = roles.ROLES.index(role) if role in roles.ROLES else len(roles.ROLES)
+        sites.setdefault((block_index(layer.name), tensors[layer.name]), []).append((index, ranks[layer.name]))
+    first_of_block: dict[int | None, int] = {}
+    ranks_of_block: dict[int | None, list[int]] = {}
+    for (block, _), members in sites.items():
+        first_of_block.setdefault(block, members[0][0])
+        ranks_of_block.setdefault(block, []).extend(rank for _, rank in members)
+
+    def key(layer: FcLayer) -> tuple[int, ...]:
+        block = block_index(layer.name)
+        members = sites[block, tensors[layer.name]]
+        distinct = len(set(ranks_of_block[block])) == len(ranks_of_block[block])
+        place = min(rank for _, rank in members) if distinct else 0
+        return first_of_block[block], place, members[0][0], ranks[layer.name]
 
     return key

@@ -22,9 +22,10 @@ MARK = "/scap/"
 # What may stand between stored weights and the matrix product: decompression, layout, code books, fake quantisation.
 _DECOMPRESSION = frozenset(
     (
-        "Add Broadcast Concat Convert ConvertLike Divide FakeConvert FakeQuantize Gather Multiply Reshape Slice Split "
-        "Squeeze StridedSlice Subtract Transpose Unsqueeze VariadicSplit"
-    ).split()
+        "Add", "Broadcast", "Concat", "Convert", "ConvertLike", "Divide", "FakeConvert", "FakeQuantize", "Gather",
+        "Multiply", "Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "Subtract", "Transpose", "Unsqueeze",
+        "VariadicSplit",
+    )
 )
 _MODULE_PREFIX = "__module."
 _COMPARISONS = frozenset(("Less", "LessEqual", "Greater", "GreaterEqual"))
@@ -87,7 +88,7 @@ def ir_of(model: Any) -> ov.Model:
     parts = model.ov_models
     if len(parts) != 1:
         msg = (
-            f"{type(model).__name__} holds {len(parts)} OpenVINO models ({', '.join(parts)}); compress them one by one: "
+            f"{type(model).__name__} holds {len(parts)} OpenVINO models ({', '.join(parts)}); compress each by itself: "
             "model.replace_ov_model(part, nncf.compress(part, ...)) for each part in model.ov_models.values()."
         )
         raise nncf.ParameterNotSupportedError(msg)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenVINO backend: sites from the graph, statistics through NNCF's aggregator, pruning as plain operations."""
+
+from scap_nncf.algorithms.backends.openvino.collect import collect, collect_sequential, histograms_of, statistic_points
+from scap_nncf.algorithms.backends.openvino.discover import inspect_model
+from scap_nncf.algorithms.backends.openvino.layers import shapes_of
+from scap_nncf.algorithms.backends.openvino.measure import measure
+from scap_nncf.algorithms.backends.openvino.prune import (
+    counts,
+    insert,
+    remove,
+    reset_counts,
+    set_enabled,
+    store_controller,
+    stored_controller,
+    working_copy,
+)
+
+__all__ = [
+    "collect",
+    "collect_sequential",
+    "counts",
+    "histograms_of",
+    "insert",
+    "inspect_model",
+    "measure",
+    "remove",
+    "reset_counts",
+    "set_enabled",
+    "shapes_of",
+    "statistic_points",
+    "store_controller",
+    "stored_controller",
+    "working_copy",
+]

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Pruning in an OpenVINO graph: plain operations before and after matrix products; weights are not touched.
+
+``z = x − η``, ``kept = Select(|z| <= τ, 0, z)`` feed the product, and ``η·W`` joins its bias (SCAP paper, equation 6).
+Layers that read one tensor with one threshold share these nodes. Every node that is inserted has ``/scap/`` in its
+friendly name, and the plan is kept in the model's ``rt_info``: all of it is found again after saving and loading.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import nncf
+import numpy as np
+import openvino as ov
+from openvino import opset13 as opset
+
+from scap_nncf.algorithms.backends.openvino.layers import MARK, Call, FcLayer, find_layers, ir_of
+from scap_nncf.algorithms.backends.openvino.weights import column_sums
+from scap_nncf.algorithms.plan import Plan
+
+RT_INFO = ["nncf", "scap"]
+_PLAN = [*RT_INFO, "plan"]
+_ENABLED = [*RT_INFO, "enabled"]
+_CONTROLLER = "_scap_controller"
+_COUNTS = "_scap_counts"
+_HALF = (ov.Type.f16, ov.Type.bf16)
+
+
+# -- what the Backend protocol asks for ------------------------------------------------------------------------------
+
+
+def working_copy(model: Any) -> Any:
+    """A clone of an OpenVINO model; an Optimum-Intel model object itself, which is changed in place."""
+    return model.clone() if isinstance(model, ov.Model) else model
+
+
+def insert(model: Any, plan: Plan) -> None:
+    """
+    Insert the pruning of a fitting plan (see :meth:`Plan.bind`) into a model that has none, and note the plan in its
+    ``rt_info``. The model is as it was if anything fails.
+    """
+    graph = ir_of(model)
+    try:
+        attach(graph, plan)
+    except BaseException:
+        detach(graph)
+        raise
+    _write_plan(graph, plan)
+    _changed(model, graph)
+
+
+def remove(model: Any) -> None:
+    """Take all pruning out: the graph computes what it computed before, from the same constants."""
+    graph = ir_of(model)
+    detach(graph)
+    _forget_plan(graph)
+    _changed(model, graph)
+
+
+def set_enabled(model: Any, enabled: bool) -> None:
+    """
+    Switch all pruning on or off, by inserting or removing its nodes; the plan stays. A model that was compiled before
+    is not affected: compile again. (Optimum-Intel model objects do so by themselves.)
+    """
+    graph = ir_of(model)
+    if enabled == is_enabled(graph):
+        return
+    plan = read_plan(graph)
+    assert plan is not None  # only a controller calls this, and it comes from a plan
+    if enabled:
+        attach(graph, plan)
+    else:
+        detach(graph)
+    graph.set_rt_info("yes" if enabled else "no", _ENABLED)
+    _changed(model, graph)
+
+
+def counts(model: Any) -> dict[str, tuple[int, int]]:
+    """
+    Zeros and values at the input of each pruned layer, as last measured by
+    :func:`scap_nncf.algorithms.backends.openvino.measure.measure`; empty before. A graph does not count while it runs.
+    """
+    return dict(ir_of(model).__dict__.get(_COUNTS, {}))
+
+
+def reset_counts(model: Any) -> None:
+    """Forget what was measured."""
+    ir_of(model).__dict__.pop(_COUNTS, None)
+
+
+def store_counts(model: Any, counted: dict[str, tuple[int, int]]) -> None:
+    """Keep what was measured with the model object."""
+    ir_of(model).__dict__[_COUNTS] = counted
+
+
+def store_controller(model: Any, controller: Any) -> None:
+    """Keep a controller with the model object, or forget it (None)."""
+    if controller is None:
+        ir_of(model).__dict__.pop(_CONTROLLER, None)
+    else:
+        ir_of(model).__dict__[_CONTROLLER] = controller
+
+
+def stored_controller(model: Any) -> Any:
+    """
+    The controller kept with the model object; for a model that was read from a file, one made of the plan in its
+    ``rt_info``; None where the model is dense.
+
+    :raises nncf.ValidationError: the plan in the file is damaged.
+    """
+    graph = ir_of(model)
+    controller = graph.__dict__.get(_CONTROLLER)
+    if controller is None:
+        plan = read_plan(graph)
+        if plan is None:
+            return None
+        from scap_nncf.algorithms.scap.controller import ScapController
+
+        controller = ScapController(model, plan)
+        graph.__dict__[_CONTROLLER] = controller
+    return controller
+
+
+# -- the plan in the model --------------------------------------------------------------------------------------------
+
+
+def read_plan(graph: ov.Model) -> Plan | None:
+    """The plan in a model's ``rt_info``, or None."""
+    if not graph.has_rt_info(_PLAN):
+        return None
+    return Plan.from_json(graph.get_rt_info(_PLAN).astype(str), "the plan in the model's rt_info")
+
+
+def is_enabled(graph: ov.Model) -> bool:
+    """Whether the pruning of a model's plan is in its graph."""
+    return not graph.has_rt_info(_ENABLED) or graph.get_rt_info(_ENABLED).astype(str) != "no"
+
+
+def _write_plan(graph: ov.Model, plan: Plan) -> None:
+    from scap_nncf._version import __version__
+
+    settings = dict(plan.made_by.get("settings") or {})
+    graph.set_rt_info(json.dumps(json.loads(plan.to_json()), separators=(",", ":")), _PLAN)
+    graph.set_rt_info("yes", _ENABLED)
+    graph.set_rt_info(__version__, [*RT_INFO, "scap_nncf_version"])
+    graph.set_rt_info(plan.prune, [*RT_INFO, "prune"])
+    # for the reader of the XML; everything that counts is in the plan
+    for key in ("sparsity", "mode"):
+        if key in settings:
+            graph.set_rt_info(json.dumps(settings[key]), [*RT_INFO, key])
+
+
+def _forget_plan(graph: ov.Model) -> None:
+    """Remove our part of the ``rt_info``; only a top-level section can be deleted, so NNCF's own is written again."""
+    if not graph.has_rt_info(RT_INFO):
+        return
+    kept = [(path, value) for path, value in _leaves(graph.rt_info["nncf"], ["nncf"]) if path[:2] != RT_INFO]
+    del graph.rt_info["nncf"]
+    for path, value in kept:
+        graph.set_rt_info(value, path)
+
+
+def _leaves(section: Any, path: list[str]) -> Iterator[tuple[list[str], Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, [*path, key])
+        else:
+            yield [*path, key], value.value
+
+
+def _changed(model: Any, graph: ov.Model) -> None:
+    graph.__dict__.pop(_COUNTS, None)
+    if model is not graph:
+        model.clear_requests()  # Optimum-Intel compiles again at the next call
+
+
+# -- nodes ------------------------------------------------------------------------------------------------------------
+
+
+def attach(graph: ov.Model, plan: Plan) -> None:
+    """Insert the nodes of a plan."""
+    layers = {layer.name: layer for layer in find_layers(graph)[0]}
+    wanted = [(site, plan_of) for site in plan.sites for plan_of in site.layers if plan_of.threshold >= 0]
+    sums = {
+        plan_of.name: column_sums(layers[plan_of.name].calls[0], layers[plan_of.name].in_features)
+        for site, plan_of in wanted
+        if site.mode != 0.0
+    }
+    inserter = _Inserter(graph, plan.prune == "decode")
+    for site, plan_of in wanted:
+        layer = layers[plan_of.name]
+        for number, call in enumerate(layer.calls):
+            inserter.prune(layer, call, number, site.mode, plan_of.threshold)
+            if site.mode != 0.0:
+                inserter.correct(layer, call, number, np.float32(site.mode) * sums[layer.name])
+    graph.validate_nodes_and_infer_types()
+
+
+def detach(graph: ov.Model) -> None:
+    """Take all inserted nodes out."""
+    for node in graph.get_ordered_ops():
+        kind = _kind(node)
+        if kind == "pruned":
+            _replace(node, _origin(node))
+        elif kind in ("bias", "corrected"):
+            _replace(node, node.input_value(0))
+    graph.validate_nodes_and_infer_types()
+
+
+def _kind(node: ov.Node) -> str | None:
+    """What an inserted node is for; None for any other node."""
+    _, mark, rest = node.get_friendly_name().rpartition(MARK)
+    return rest.partition(".")[0] if mark else None
+
+
+def _origin(node: ov.Node) -> Any:
+    """The activation that a pruner reads."""
+    output = node.output(0)
+    while _kind(output.get_node()) is not None:
+        inner = output.get_node()
+        output = inner.input_value(2 if inner.get_type_name() == "Select" else 0)
+    return output
+
+
+def _replace(node: ov.Node, source: Any) -> None:
+    output = node.output(0)
+    consumers = list(output.get_target_inputs())
+    _move_names(output, source, consumers)
+    for consumer in consumers:
+        consumer.replace_source_output(source)
+
+
+def _move_names(old: Any, new: Any, consumers: list[Any]) -> None:
+    """Results are named after the tensor they read: the names go with it."""
+    if any(consumer.get_node().get_type_name() == "Result" for consumer in consumers):
+        names = set(old.get_names())
+        old.get_tensor().set_names(set())
+        new.get_tensor().set_names(names | set(new.get_names()))
+
+
+class _Inserter:
+    """Inserts pruners and corrections, sharing nodes where layers share them."""
+
+    def __init__(self, graph: ov.Model, decode_only: bool) -> None:
+        self._graph = graph
+        self._decode_only = decode_only
+        self._pruners: dict[Any, ov.Node] = {}
+        self._magnitudes: dict[Any, tuple[Any, ov.Node]] = {}
+        self._flags: dict[Any, ov.Node] = {}
+
+    def prune(self, layer: FcLayer, call: Call, number: int, mode: float, threshold: float) -> None:
+        """Feed a call with pruned activations."""
+        source = call.source
+        key = (call.tensor, mode, threshold)
+        if key not in self._pruners:
+            name = _namer(layer, number)
+            flag = self._decode_flag(source, call, name) if self._decode_only else None
+            self._pruners[key] = self._make_pruner(source, call.tensor, mode, threshold, flag, name)
+        call.entry.replace_source_output(self._pruners[key].output(0))
+
+    def _make_pruner(
+        self, source: Any, tensor: Any, mode: float, threshold: float, flag: ov.Node | None, name: Any
+    ) -> ov.Node:
+        element = source.get_element_type()
+        wide_type = ov.Type.f64 if element == ov.Type.f64 else ov.Type.f32
+        if (tensor, mode) not in self._magnitudes:
+            # half types are compared in float32, as the reference does
+            wide = opset.convert(source, wide_type, name=name("wide")) if element in _HALF else source
+            z = wide
+            if mode != 0.0:
+                centre: Any = opset.constant(np.array(mode), wide_type, name=name("mode"))
+                if flag is not None:
+                    centre = opset.multiply(centre, opset.convert(flag, wide_type, name=name("f")), name=name("active"))
+                z = opset.subtract(wide, centre, name=name("centred"))
+            self._magnitudes[tensor, mode] = z, opset.abs(z, name=name("magnitude"))
+        z, magnitude = self._magnitudes[tensor, mode]
+        limit: Any = opset.constant(np.array(threshold), wide_type, name=name("threshold"))
+        if flag is not None:
+            nothing = opset.constant(np.array(-1.0), wide_type, name=name("nothing"))
+            limit = opset.select(flag, limit, nothing, name=name("limit"))
+        # NaN compares false, is kept, and stays visible
+        dropped = opset.less_equal(magnitude, limit, name=name("dropped"))
+        zero = opset.constant(np.array(0.0), wide_type, name=name("zero"))
+        if element not in _HALF:
+            return opset.select(dropped, zero, z, name=name("pruned"))
+        return opset.convert(opset.select(dropped, zero, z, name=name("kept")), element, name=name("pruned"))
+
+    def correct(self, layer: FcLayer, call: Call, number: int, correction: np.ndarray[Any, Any]) -> None:
+        """Add η·W [OC] to a call's result: to its constant bias where it has one, else behind it."""
+        name = _namer(layer, number)
+        output = call.node.output(0)
+        consumers = list(output.get_target_inputs())
+        shape = (-1,) if call.channel_axis == -1 else (-1, 1)
+        vector: Any = opset.constant(correction.reshape(shape), output.get_element_type(), name=name("correction"))
+        if self._decode_only:
+            flag = self._decode_flag(call.source, call, name)
+            factor = opset.convert(flag, output.get_element_type(), name=name("g"))
+            vector = opset.multiply(vector, factor, name=name("active_correction"))
+        bias = _bias_port(consumers, layer.out_features) if call.channel_axis == -1 else None
+        if bias is not None:  # constants fold when the model is compiled: nothing is added at run time
+            bias.replace_source_output(opset.add(bias.get_source_output(), vector, name=name("bias")).output(0))
+            return
+        added = opset.add(output, vector, name=name("corrected"))
+        for consumer in consumers:
+            consumer.replace_source_output(added.output(0))
+        _move_names(output, added.output(0), consumers)
+
+    def _decode_flag(self, source: Any, call: Call, name: Any) -> ov.Node:
+        """
+        A boolean scalar: tokens come alone. From the model's own input where it is a decoder; else from the activation.
+        """
+        inputs = {key: item for item in self._graph.inputs for key in item.get_names()}
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if tokens is not None and "encoder_hidden_states" not in inputs and tokens.get_partial_shape().rank != 1:
+            key, measured, axis, name = "model", tokens.get_node().output(0), 1, _name_of("decode")
+        else:
+            source = _origin(source.get_node()) if _kind(source.get_node()) else source
+            key, measured = (source.get_node().get_name(), source.get_index()), source
+            axis = -2 if call.channel_axis == -1 else -1
+        if key not in self._flags:
+            shape = opset.shape_of(measured, name=name("shape"))
+            index = opset.constant(np.array(axis), ov.Type.i64, name=name("axis"))
+            length = opset.gather(shape, index, opset.constant(np.array(0), ov.Type.i64), name=name("length"))
+            self._flags[key] = opset.equal(length, opset.constant(np.array(1), ov.Type.i64), name=name("alone"))
+        return self._flags[key]
+
+
+def _bias_port(consumers: list[Any], out_features: int) -> Any:
+    """The port of a constant bias [OC] of the one addition that reads a product; None where there is none."""
+    if len(consumers) != 1:
+        return None
+    node = consumers[0].get_node()
+    if node.get_type_name() != "Add":
+        return None
+    port = node.input(1 - consumers[0].get_index())
+    bias = port.get_source_output()
+    constant = bias.get_node()
+    if constant.get_type_name() == "Convert":
+        constant = constant.input_value(0).get_node()
+    shape = bias.get_partial_shape()
+    if constant.get_type_name() != "Constant" or shape.is_dynamic:
+        return None
+    sizes = list(shape.to_shape())
+    return port if sizes and sizes[-1] == out_features and all(size == 1 for size in sizes[:-1]) else None
+
+
+def _namer(layer: FcLayer, number: int) -> Any:
+    return _name_of(layer.name if number == 0 else f"{layer.name}({number})")
+
+
+def _name_of(owner: str) -> Any:
+    return lambda kind: f"{owner}{MARK}{kind}"
+
+
+def require_pruned(model: Any) -> Plan:
+    """
+    The plan of a sparse model.
+
+    :raises nncf.ValidationError: the model is dense, or its pruning is switched off.
+    """
+    graph = ir_of(model)
+    plan = read_plan(graph)
+    if plan is None or not is_enabled(graph):
+        why = "has no activation sparsity" if plan is None else "has its pruning switched off; enable it"
+        msg = f"The OpenVINO model {why}."
+        raise nncf.ValidationError(msg)
+    return plan
