@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import nncf
 
 from scap_nncf.algorithms.backends import backend_of
-from scap_nncf.algorithms.base import CompressionBuilder, builder_for
+from scap_nncf.algorithms.base import builder_for
 from scap_nncf.algorithms.plan import Plan
 from scap_nncf.algorithms.scap.builder import ScapBuilder
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics, statistics_of_plan
 from scap_nncf.algorithms.scap.config import Scap
 from scap_nncf.algorithms.sites import ModelReport
+from scap_nncf.recipe import apply_steps, builders_of
 
 TModel = TypeVar("TModel")
 
@@ -40,11 +41,13 @@ def compress(
         model = nncf.compress(model, algorithm="scap", dataset=nncf.Dataset(batches), sparsity=0.5)
         print(scap_nncf.get_controller(model).statistics())
 
-    A PyTorch model is changed in place and returned. If anything fails, the model is as it was.
+    A PyTorch model is changed in place and returned (:class:`scap_nncf.Quantization` alone makes a copy); an OpenVINO
+    model is copied. If anything fails, the model is as it was.
 
     :param model: the model to compress.
     :param algorithm: a registered name (its settings are given as keywords), a configuration object such as
-        :class:`scap_nncf.Scap`, or a list of these, applied in order.
+        :class:`scap_nncf.Scap`, a list of these, or the path of a recipe file (see :mod:`scap_nncf.recipe`). Of a list,
+        quantisation runs before sparsity, whatever the order.
     :param dataset: calibration data: a ``nncf.Dataset``, an iterable of tensors, mappings or tuples, texts with a
         `tokenizer`, or a ``datasets.Dataset``.
     :param plan: a plan, or the folder or file of one, to apply without data. The reference implementation's
@@ -58,14 +61,7 @@ def compress(
     backend_of(model)  # an unsupported model is refused before anything else
     if plan is not None:
         return _apply_plan(model, algorithm, plan, dataset, settings)
-    steps = algorithm if isinstance(algorithm, Sequence) and not isinstance(algorithm, str) else [algorithm]
-    if not steps:
-        msg = "The list of algorithms is empty; expected for example algorithm=[Scap(sparsity=0.5)]."
-        raise nncf.ValidationError(msg)
-    builders: list[CompressionBuilder] = [builder_for(step, settings) for step in steps]
-    for builder in builders:
-        model = builder.build(model, dataset, tokenizer)
-    return model
+    return apply_steps(model, builders_of(algorithm, settings), dataset, tokenizer)
 
 
 def _apply_plan(model: Any, algorithm: Any, plan: Any, dataset: Any, settings: dict[str, Any]) -> Any:

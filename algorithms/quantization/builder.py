@@ -34,8 +34,8 @@ _TORCH_FLAGS = ("awq", "scale_estimation", "all_layers")
 WRONG_ORDER = (
     "The model is sparse already and is quantised now. AWQ finds no pattern behind pruners, and mode*W must come from "
     "the quantised weights; so the pruning is taken out, the weights are quantised, and the same plan is put back. Its "
-    "thresholds are still those of the unquantised model: quantise first, then sparsify, to calibrate on the model that "
-    "will run."
+    "thresholds are still those of the unquantised model: to calibrate on the model that will run, quantise first and "
+    "sparsify then."
 )
 
 
@@ -69,7 +69,7 @@ class _QuantisationBuilder(CompressionBuilder):
         return self._around_pruning(model, controller, kind, dataset, tokenizer)
 
     def _around_pruning(self, model: Any, controller: Any, kind: BackendType, dataset: Any, tokenizer: Any) -> Any:
-        plan, sites, histograms = controller.plan, controller.sites, controller.histograms
+        plan, calibration = controller.plan, controller.calibration
         if kind == BackendType.OPENVINO:
             model = model.clone()
             controller = get_controller(model)
@@ -77,11 +77,11 @@ class _QuantisationBuilder(CompressionBuilder):
         try:
             quantised = self._quantise_or_restore(dense, kind, dataset, tokenizer)
         except BaseException:
-            _prune_again(dense, plan, sites, histograms)
+            _prune_again(dense, plan, calibration)
             raise
-        result = _prune_again(quantised, plan, sites, histograms)
+        result = _prune_again(quantised, plan, calibration)
         if quantised is not dense and kind == BackendType.TORCH:  # NNCF made a copy; the given model stays as it was
-            _prune_again(dense, plan, sites, histograms)
+            _prune_again(dense, plan, calibration)
         return result
 
     def _quantise_or_restore(self, model: Any, kind: BackendType, dataset: Any, tokenizer: Any) -> Any:
@@ -104,7 +104,7 @@ class _QuantisationBuilder(CompressionBuilder):
     def quantise(self, model: Any, kind: BackendType, dataset: Any, tokenizer: Any) -> Any:
         """Call NNCF; the caller takes care of roll-back."""
 
-    def build_from_plan(self, model: Any, plan: Plan) -> Any:
+    def build_from_plan(self, model: Any, plan: Plan, calibration: Any = None) -> Any:
         """
         :raises nncf.ParameterNotSupportedError: always; a plan holds activation sparsity only.
         """
@@ -152,9 +152,7 @@ class WeightCompressionBuilder(_QuantisationBuilder):
             raise nncf.ParameterNotSupportedError(msg)
         for name in ("gptq", "lora_correction"):
             if getattr(config, name):
-                msg = (
-                    f"NNCF has no {name} for PyTorch models; there it has {', '.join(_TORCH_FLAGS)}. {_EXPORT_FIRST}"
-                )
+                msg = f"NNCF has no {name} for PyTorch models; there it has {', '.join(_TORCH_FLAGS)}. {_EXPORT_FIRST}"
                 raise nncf.ParameterNotSupportedError(msg)
 
     def quantise(self, model: Any, kind: BackendType, dataset: Any, tokenizer: Any) -> Any:
@@ -224,17 +222,11 @@ class QuantizationBuilder(_QuantisationBuilder):
         )
 
 
-_EXPORT_FIRST = (
-    "For the others export the model to OpenVINO IR (scap_nncf.export_openvino) and quantise that."
-)
+_EXPORT_FIRST = "For the others export the model to OpenVINO IR (scap_nncf.export_openvino) and quantise that."
 
 
-def _prune_again(model: Any, plan: Plan, sites: Any, histograms: Any) -> Any:
-    model = builder_for(plan.algorithm, {}).build_from_plan(model, plan)
-    controller = get_controller(model)
-    if controller is not None:
-        controller.sites, controller.histograms = sites, histograms
-    return model
+def _prune_again(model: Any, plan: Plan, calibration: Any) -> Any:
+    return builder_for(plan.algorithm, {}).build_from_plan(model, plan, calibration)
 
 
 def _samples(model: Any, kind: BackendType, dataset: Any, tokenizer: Any, subset_size: int) -> list[Any] | None:
@@ -244,9 +236,9 @@ def _samples(model: Any, kind: BackendType, dataset: Any, tokenizer: Any, subset
     samples = Samples(dataset, tokenizer, subset_size)
     samples.first()  # an empty dataset is refused here, with a clear message
     if kind == BackendType.OPENVINO:
-        from scap_nncf.algorithms.backends.openvino import prepare_sample
+        from scap_nncf.algorithms.backends.openvino.feed import feed
 
-        return [prepare_sample(model, sample) for sample in samples]
+        return [feed(model, sample, "a sample of the dataset") for sample in samples]
     return list(samples)
 
 

@@ -111,7 +111,11 @@ class Quantization:
 
     def __post_init__(self) -> None:
         _set(self, "target_device", _member("target_device", self.target_device, nncf.TargetDevice))
-        for name, kind in (("preset", QuantizationPreset), ("mode", nncf.QuantizationMode), ("model_type", nncf.ModelType)):
+        for name, kind in (
+            ("preset", QuantizationPreset),
+            ("mode", nncf.QuantizationMode),
+            ("model_type", nncf.ModelType),
+        ):
             if getattr(self, name) is not None:
                 _set(self, name, _member(name, getattr(self, name), kind))
         _check_flag("fast_bias_correction", self.fast_bias_correction)

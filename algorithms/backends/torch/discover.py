@@ -17,6 +17,7 @@ import nncf
 import torch
 from torch import nn
 
+from scap_nncf.algorithms.backends.torch import function_hooks
 from scap_nncf.algorithms.backends.torch.layers import fc_shape, input_argument, named_fc_layers
 from scap_nncf.algorithms.backends.torch.run import evaluation, forward_sample
 from scap_nncf.algorithms.discovery import FoundLayer, make_report
@@ -67,6 +68,8 @@ def inspect_model(
         msg = f"{type(model).__name__} has no fully connected layer (no module with in_features and out_features)."
         raise nncf.UnsupportedModelError(msg)
     seen = _watch(model, [(name, module) for name, module, _ in found], sample)
+    if sample is not None:
+        function_hooks.resolve(model, sample)  # mode*W may need it later, where there is no sample
     head = _output_embedding_name(model)
     kinds = {name: type(module).__name__ for name, module, _ in found}
     shapes = {name: shape for name, _, shape in found}

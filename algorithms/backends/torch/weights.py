@@ -51,13 +51,14 @@ def _is_wrapped(model: nn.Module) -> bool:
 def _nncf_column_sums(model: nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
-    storage = get_hook_storage(model)
+    from scap_nncf.algorithms.backends.torch.function_hooks import input_scale
+
     with torch.no_grad():
-        dense = storage.execute_post_function_hooks(f"{name}.weight", 0, weight)
-        transposed = type(model.get_submodule(name)).__name__ == "Conv1D"
-        matrix = dense if transposed else dense.t()  # [IC, OC]
-        # AWQ multiplies the activation by a vector right before the matrix product
-        operation = name.replace(".", "/") + ("/addmm/0" if transposed else "/linear/0")
-        ones = torch.ones(1, matrix.shape[0], dtype=torch.float32, device=matrix.device)
-        scale = storage.execute_pre_function_hooks(operation, 1 if transposed else 0, ones)
-    return (scale.double() @ matrix.double()).reshape(-1).float()
+        dense = get_hook_storage(model).execute_post_function_hooks(f"{name}.weight", 0, weight)
+        matrix = dense if type(model.get_submodule(name)).__name__ == "Conv1D" else dense.t()  # [IC, OC]
+        # AWQ and SmoothQuant multiply the activation right before the matrix product. Quantisers of the activation
+        # that NNCF puts there as well are left out: their range is that of activations, not of ones.
+        scale = input_scale(model, name)
+        if scale is None:
+            return matrix.sum(dim=0, dtype=torch.float64).float()
+        return (scale.double() @ matrix.double()).float()
