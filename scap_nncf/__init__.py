@@ -5,6 +5,11 @@ Activation sparsity for NNCF: Statistical Calibrated Activation Pruning (SCAP).
 After ``import nncf, scap_nncf``, ``nncf.compress(model, algorithm="scap", dataset=...)`` calibrates and prunes a model.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 from scap_nncf._version import __version__
 from scap_nncf.algorithms.plan import Plan
 from scap_nncf.algorithms.quantization import Quantization, WeightCompression
@@ -13,6 +18,22 @@ from scap_nncf.compress import calibrate, compress, inspect_model, register
 from scap_nncf.recipe import load_recipe
 
 register()
+
+# Functions whose modules need an optional dependency, or are rarely needed: imported at first use.
+_LAZY = {
+    "export_openvino": "scap_nncf.export",
+    "load_openvino": "scap_nncf.openvino_io",
+    "measure_sparsity": "scap_nncf.openvino_io",
+    "save_openvino": "scap_nncf.openvino_io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
 
 __all__ = [
     "CalibrationStatistics",
@@ -23,8 +44,12 @@ __all__ = [
     "__version__",
     "calibrate",
     "compress",
+    "export_openvino",
     "get_controller",
     "inspect_model",
+    "load_openvino",
     "load_recipe",
     "make_plan",
+    "measure_sparsity",
+    "save_openvino",
 ]

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenVINO backend: sites from the graph, statistics through NNCF's aggregator, pruning as plain operations."""
 
-from scap_nncf.algorithms.backends.openvino.collect import collect, collect_sequential, histograms_of, statistic_points
+from scap_nncf.algorithms.backends.openvino.collect import (
+    collect,
+    collect_costs,
+    collect_sequential,
+    histograms_of,
+    statistic_points,
+)
 from scap_nncf.algorithms.backends.openvino.discover import inspect_model
 from scap_nncf.algorithms.backends.openvino.layers import shapes_of
 from scap_nncf.algorithms.backends.openvino.measure import measure
@@ -18,6 +24,7 @@ from scap_nncf.algorithms.backends.openvino.prune import (
 
 __all__ = [
     "collect",
+    "collect_costs",
     "collect_sequential",
     "counts",
     "histograms_of",

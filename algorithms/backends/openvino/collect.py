@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import nncf
 import numpy as np
@@ -27,6 +27,9 @@ from scap_nncf.algorithms.plan import Plan, SitePlan
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 from scap_nncf.algorithms.scap.statistics import HistogramStatistic
 from scap_nncf.algorithms.sites import Site
+
+if TYPE_CHECKING:
+    from scap_nncf.algorithms.allocation.fisher import Costs
 
 ALGORITHM = "scap"
 EMPTY_DATASET = "The calibration dataset is empty; give at least one sample."
@@ -127,6 +130,24 @@ def collect_sequential(
         aggregator.collect_statistics(work)
         attach(work, Plan((decide(site, histograms_of(one)[site.name]),)))
     return len(samples)
+
+
+def collect_costs(
+    model: Any,
+    sites: Sequence[Site],
+    histograms: Mapping[str, ActivationHistogram],
+    modes: Mapping[str, float],
+    samples: Sequence[Any],
+    seed: int = 0,
+) -> Costs:
+    """
+    :raises nncf.ParameterNotSupportedError: always; OpenVINO has no gradients.
+    """
+    msg = (
+        "Allocation 'fisher' needs gradients, which OpenVINO models do not have. Calibrate the PyTorch model with it "
+        "and apply its plan here: nncf.compress(ov_model, plan=plan)."
+    )
+    raise nncf.ParameterNotSupportedError(msg)
 
 
 class _Source:

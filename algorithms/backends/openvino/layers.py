@@ -49,8 +49,8 @@ class Call:
 
     @property
     def source(self) -> Any:
-        """The output that the entry reads."""
-        return self.entry.get_source_output()
+        """The activation: what the entry reads, before any pruning of ours."""
+        return origin(self.entry.get_source_output())
 
     @property
     def tensor(self) -> tuple[str, int]:
@@ -153,6 +153,14 @@ def shapes_of(model: Any) -> dict[str, tuple[int, int]]:
 def is_ours(node: ov.Node) -> bool:
     """Whether this package inserted a node."""
     return MARK in node.get_friendly_name()
+
+
+def origin(output: Any) -> Any:
+    """The activation that a pruner reads; any other output is returned as it is."""
+    while is_ours(output.get_node()):
+        node = output.get_node()
+        output = node.input_value(2 if node.get_type_name() == "Select" else 0)
+    return output
 
 
 def looks_pruned(layers: Iterable[FcLayer]) -> list[str]:

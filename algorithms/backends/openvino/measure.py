@@ -63,20 +63,21 @@ def _with_counters(graph: ov.Model) -> tuple[ov.Model, list[tuple[str, int, int]
     """A clone whose only outputs are zeros per position; and layer name, output index, width of each pruned layer."""
     clone = graph.clone()
     results: list[Any] = []
-    by_pruner: dict[tuple[str, int], int] = {}
+    by_pruner: dict[str, int] = {}
     outputs = []
     for layer in find_layers(clone)[0]:
         for call in layer.calls:
-            source = call.source
+            source = call.entry.get_source_output()
             if not is_ours(source.get_node()):
                 continue
-            if call.tensor not in by_pruner:
-                by_pruner[call.tensor] = len(results)
+            pruner = source.get_node().get_name()
+            if pruner not in by_pruner:
+                by_pruner[pruner] = len(results)
                 zero = opset.constant(np.array(0), source.get_element_type())
                 is_zero = opset.convert(opset.equal(source, zero), "f32")
                 axis = opset.constant(np.array([call.channel_axis]), ov.Type.i64)
                 results.append(opset.result(opset.reduce_sum(is_zero, axis, False)))
-            outputs.append((layer.name, by_pruner[call.tensor], layer.in_features))
+            outputs.append((layer.name, by_pruner[pruner], layer.in_features))
     return ov.Model(results, clone.get_sinks(), clone.get_parameters(), "counters"), outputs
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
 
-from scap_nncf.algorithms.backends.openvino.layers import MARK, Call, FcLayer, find_layers, ir_of
+from scap_nncf.algorithms.backends.openvino.layers import MARK, Call, FcLayer, find_layers, ir_of, origin
 from scap_nncf.algorithms.backends.openvino.weights import column_sums
 from scap_nncf.algorithms.plan import Plan
 
@@ -205,7 +205,7 @@ def detach(graph: ov.Model) -> None:
     for node in graph.get_ordered_ops():
         kind = _kind(node)
         if kind == "pruned":
-            _replace(node, _origin(node))
+            _replace(node, origin(node.output(0)))
         elif kind in ("bias", "corrected"):
             _replace(node, node.input_value(0))
     graph.validate_nodes_and_infer_types()
@@ -215,15 +215,6 @@ def _kind(node: ov.Node) -> str | None:
     """What an inserted node is for; None for any other node."""
     _, mark, rest = node.get_friendly_name().rpartition(MARK)
     return rest.partition(".")[0] if mark else None
-
-
-def _origin(node: ov.Node) -> Any:
-    """The activation that a pruner reads."""
-    output = node.output(0)
-    while _kind(output.get_node()) is not None:
-        inner = output.get_node()
-        output = inner.input_value(2 if inner.get_type_name() == "Select" else 0)
-    return output
 
 
 def _replace(node: ov.Node, source: Any) -> None:
@@ -318,7 +309,6 @@ class _Inserter:
         if tokens is not None and "encoder_hidden_states" not in inputs and tokens.get_partial_shape().rank != 1:
             key, measured, axis, name = "model", tokens.get_node().output(0), 1, _name_of("decode")
         else:
-            source = _origin(source.get_node()) if _kind(source.get_node()) else source
             key, measured = (source.get_node().get_name(), source.get_index()), source
             axis = -2 if call.channel_axis == -1 else -1
         if key not in self._flags:
