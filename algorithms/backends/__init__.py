@@ -7,7 +7,7 @@ Each backend is a package with the functions of :class:`Backend`; algorithms spe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import nncf
@@ -19,6 +19,7 @@ from scap_nncf.algorithms.plan import Plan, SitePlan
 from scap_nncf.algorithms.sites import ModelReport, Site
 
 if TYPE_CHECKING:  # the algorithms import this package
+    from scap_nncf.algorithms.allocation.fisher import Costs
     from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 
 
@@ -54,6 +55,17 @@ class Backend(Protocol):
         decide: Callable[[Site, ActivationHistogram], SitePlan | None],
     ) -> int:
         """As `collect`, each site on the pruned output of the sites before it."""
+
+    def collect_costs(
+        self,
+        model: Any,
+        sites: Sequence[Site],
+        histograms: Mapping[str, ActivationHistogram],
+        modes: Mapping[str, float],
+        samples: Sequence[Any],
+        seed: int = 0,
+    ) -> Costs:
+        """Price of sparsity in each layer, where the backend has gradients."""
 
     def histograms_of(self, points: StatisticPointsContainer) -> dict[str, ActivationHistogram]:
         """What `collect` gathered, by site name."""

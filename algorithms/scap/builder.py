@@ -12,15 +12,16 @@ from nncf.common.tensor_statistics.statistic_point import StatisticPointsContain
 from nncf.common.utils.backend import BackendType
 
 from scap_nncf.algorithms import sparsity as sparsity_spec
+from scap_nncf.algorithms.allocation import allocate
 from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import COMPRESSION_ALGORITHMS, CompressionBuilder
 from scap_nncf.algorithms.data import Samples
 from scap_nncf.algorithms.plan import Plan, SitePlan
-from scap_nncf.algorithms.scap.allocate import plan_site
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.config import Scap
 from scap_nncf.algorithms.scap.controller import ScapController, get_controller
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
+from scap_nncf.algorithms.scap.site_plan import plan_site, site_mode
 from scap_nncf.algorithms.scap.statistics import make_collector
 from scap_nncf.algorithms.sites import ModelReport, Site
 
@@ -34,7 +35,7 @@ class ScapBuilder(CompressionBuilder):
 
     @property
     def available_backends(self) -> list[BackendType]:
-        return [BackendType.TORCH]
+        return [BackendType.TORCH, BackendType.OPENVINO]
 
     def build(self, model: Any, dataset: Any, tokenizer: Any = None) -> Any:
         """
@@ -58,12 +59,24 @@ class ScapBuilder(CompressionBuilder):
 
     def calibrate(self, model: Any, dataset: Any, tokenizer: Any = None) -> tuple[Plan, CalibrationStatistics]:
         """Gather statistics and plan; the model is not changed."""
-        samples = Samples(dataset, tokenizer, self.config.subset_size)
+        samples: Any = Samples(dataset, tokenizer, self.config.subset_size)
         sites = self.find_sites(model, samples.first()).sites
         targets = sparsity_spec.resolve(self.config.sparsity, sites)
         sites = tuple(site for site in sites if any(layer.name in targets for layer in site.layers))
         backend = backend_of(model)
         points = backend.statistic_points(sites, make_collector)
+        costs = None
+        if self.config.allocation == "fisher":
+            samples = list(samples)
+            count = backend.collect(model, points, samples, len(samples))
+            dense = backend.histograms_of(points)
+            modes = {site.name: site_mode(site, dense[site.name], targets, self.config.mode)[0] for site in sites}
+            costs = backend.collect_costs(model, sites, dense, modes, samples[: self.config.allocation_samples])
+            if self.config.sequential:
+                points = backend.statistic_points(sites, make_collector)
+        elif not self.config.sequential:
+            count = backend.collect(model, points, samples, samples.total)
+        targets = allocate(self.config.allocation, targets, sites, costs)
         if self.config.sequential:
 
             def decide(site: Site, histogram: ActivationHistogram) -> SitePlan:
@@ -72,9 +85,7 @@ class ScapBuilder(CompressionBuilder):
                 return plan
 
             count = backend.collect_sequential(model, sites, points, list(samples), decide)
-        else:
-            count = backend.collect(model, points, samples, samples.total)
-        calibration = CalibrationStatistics(sites, backend.histograms_of(points), count)
+        calibration = CalibrationStatistics(sites, backend.histograms_of(points), count, costs)
         return make_plan(calibration, self.config), calibration
 
     def get_statistic_points(self, model: Any, graph: NNCFGraph | None = None) -> StatisticPointsContainer:
@@ -108,6 +119,7 @@ def make_plan(calibration: CalibrationStatistics, config: Scap) -> Plan:
     :raises nncf.ValidationError: the configuration names layers that were not calibrated.
     """
     targets = sparsity_spec.resolve(config.sparsity, calibration.sites)
+    targets = allocate(config.allocation, targets, calibration.sites, calibration.costs)
     plans = (plan_site(site, calibration.histograms[site.name], targets, config.mode) for site in calibration.sites)
     sites = tuple(site_plan for site_plan in plans if site_plan is not None)
     return Plan(sites, "scap", config.prune, _made_by(config, calibration))
@@ -136,6 +148,8 @@ def _made_by(config: Scap, calibration: CalibrationStatistics) -> dict[str, Any]
     settings: dict[str, Any] = {
         "sparsity": dict(config.sparsity) if isinstance(config.sparsity, Mapping) else config.sparsity,
         "mode": config.mode,
+        "allocation": config.allocation,
+        "allocation_samples": config.allocation_samples,
         "prune": config.prune,
         "sequential": config.sequential,
         "roles": None if config.roles is None else list(config.roles),

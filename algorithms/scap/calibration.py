@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from scap_nncf.algorithms.allocation.fisher import Costs
 from scap_nncf.algorithms.plan import Plan, sha256, write_atomically
 from scap_nncf.algorithms.scap.histogram import NUM_BUCKETS, ActivationHistogram
 from scap_nncf.algorithms.sites import Layer, Site
@@ -36,11 +37,13 @@ class CalibrationStatistics:
     :param sites: the calibrated sites, in the order of execution.
     :param histograms: site name → activation histogram.
     :param samples: number of samples seen.
+    :param costs: price of sparsity in each layer, where it was measured (allocation ``fisher``).
     """
 
     sites: tuple[Site, ...]
     histograms: Mapping[str, ActivationHistogram] = field(repr=False)
     samples: int = 0
+    costs: Costs | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -49,7 +52,7 @@ class CalibrationStatistics:
 
     def merge(self, other: CalibrationStatistics) -> CalibrationStatistics:
         """
-        The statistics of both data sets; the order does not matter.
+        The statistics of both data sets; the order does not matter. Prices are kept where both sides have them.
 
         :raises nncf.ValidationError: the statistics are of different sites.
         """
@@ -62,7 +65,8 @@ class CalibrationStatistics:
             )
             raise nncf.ValidationError(msg)
         merged = {name: self.histograms[name].merge(other.histograms[name]) for name in self.histograms}
-        return CalibrationStatistics(self.sites, merged, self.samples + other.samples)
+        costs = self.costs.merge(other.costs) if self.costs is not None and other.costs is not None else None
+        return CalibrationStatistics(self.sites, merged, self.samples + other.samples, costs)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """
@@ -91,6 +95,9 @@ class CalibrationStatistics:
             occupied = np.flatnonzero(self.histograms[site.name].counts)
             tensors[f"{index}.buckets"] = occupied.astype(np.uint16)
             tensors[f"{index}.counts"] = self.histograms[site.name].counts[occupied]
+        if self.costs is not None:
+            for index, layer in enumerate(layer for site in self.sites for layer in site.layers):
+                tensors[f"{index}.prices"] = self.costs.prices[layer.name]
         described = [
             {
                 "name": site.name,
@@ -100,8 +107,13 @@ class CalibrationStatistics:
             }
             for site in self.sites
         ]
-        metadata = {"scap_nncf": json.dumps({"format": _FORMAT, "samples": self.samples, "sites": described})}
-        return save_tensors(tensors, metadata=metadata)
+        header = {
+            "format": _FORMAT,
+            "samples": self.samples,
+            "sites": described,
+            "priced_tokens": None if self.costs is None else self.costs.tokens,
+        }
+        return save_tensors(tensors, metadata={"scap_nncf": json.dumps(header)})
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str) -> CalibrationStatistics:
@@ -124,7 +136,12 @@ class CalibrationStatistics:
                 counts = np.zeros(NUM_BUCKETS, dtype=np.int64)
                 counts[tensors[f"{index}.buckets"]] = tensors[f"{index}.counts"]
                 histograms[sites[-1].name] = ActivationHistogram(counts, bool(item["exact"]))
-            return cls(tuple(sites), histograms, int(described["samples"]))
+            costs = None
+            if described["priced_tokens"] is not None:
+                names = [layer.name for site in sites for layer in site.layers]
+                prices = {name: tensors[f"{index}.prices"] for index, name in enumerate(names)}
+                costs = Costs(prices, int(described["priced_tokens"]))
+            return cls(tuple(sites), histograms, int(described["samples"]), costs)
         except (SafetensorError, KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
             msg = f"{source} is no calibration statistics of scap-nncf, or damaged: {error!r}."
             raise nncf.ValidationError(msg) from error

@@ -10,6 +10,7 @@ from typing import Any
 import nncf
 
 from scap_nncf.algorithms import sparsity as sparsity_spec
+from scap_nncf.algorithms.allocation import check_allocation
 from scap_nncf.algorithms.plan import check_prune
 
 
@@ -28,6 +29,11 @@ class Scap:
     :param mode: how the mode η of a site is found: ``zero``, ``mean``, ``median``, ``kde`` (peak of a kernel density
         estimate), or ``auto``, which centres only where that lowers the pruning error (see
         :func:`scap_nncf.algorithms.scap.mode.choose_mode`).
+    :param allocation: how the sparsity is spread over the targeted layers, their weighted mean staying what `sparsity`
+        says: ``uniform`` gives each what was asked; ``profile`` follows a constant table of roles; ``fisher`` spends
+        the budget where it costs the least loss, measured with one backward pass over `allocation_samples` samples
+        (:mod:`scap_nncf.algorithms.allocation`). The last two set q, k and v, or gate and up, apart.
+    :param allocation_samples: number of samples for ``fisher``; about 2,000 tokens suffice.
     :param prune: ``all`` prunes every token; ``decode`` leaves prompts dense and prunes tokens that come alone.
     :param sequential: calibrate every site with the pruned output of the sites before it, as the reference
         implementation does. False takes all statistics from the dense model in one streaming pass.
@@ -38,6 +44,8 @@ class Scap:
 
     sparsity: Any = 0.5
     mode: str = "auto"
+    allocation: str = "uniform"
+    allocation_samples: int = 8
     prune: str = "all"
     sequential: bool = False
     roles: Sequence[str] | None = None
@@ -48,9 +56,16 @@ class Scap:
         sparsity_spec.parse(self.sparsity)
         check_mode_method(self.mode)
         check_prune(self.prune)
-        if self.subset_size is not None and (isinstance(self.subset_size, bool) or self.subset_size < 1):
-            msg = f"subset_size must be a whole number from 1 or None, got {self.subset_size!r}."
-            raise nncf.ValidationError(msg)
+        check_allocation(self.allocation)
+        if self.subset_size is not None:
+            _check_count("subset_size", self.subset_size, " or None")
+        _check_count("allocation_samples", self.allocation_samples)
+
+
+def _check_count(name: str, value: Any, otherwise: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        msg = f"{name} must be a whole number from 1{otherwise}, got {value!r}."
+        raise nncf.ValidationError(msg)
 
 
 def check_mode_method(value: str) -> str:

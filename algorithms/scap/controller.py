@@ -12,14 +12,15 @@ from typing import Any
 
 import nncf
 
+from scap_nncf.algorithms.allocation import allocate
 from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import CompressionController
 from scap_nncf.algorithms.plan import Plan, sha256
-from scap_nncf.algorithms.scap.allocate import plan_site
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.config import check_mode_method
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 from scap_nncf.algorithms.scap.report import ScapStatistics, make_statistics
+from scap_nncf.algorithms.scap.site_plan import plan_site
 from scap_nncf.algorithms.sparsity import SparsitySpec, resolve
 
 
@@ -74,13 +75,20 @@ class ScapController(CompressionController):
         finally:
             self.enable()
 
-    def set_sparsity(self, sparsity: SparsitySpec, mode: str | None = None, prune: str | None = None) -> Plan:
+    def set_sparsity(
+        self,
+        sparsity: SparsitySpec,
+        mode: str | None = None,
+        prune: str | None = None,
+        allocation: str | None = None,
+    ) -> Plan:
         """
         Change the targets from the calibration statistics, without new data.
 
         :param sparsity: as in :class:`scap_nncf.Scap`.
         :param mode: how modes are found; None keeps each site's method.
         :param prune: token policy; None keeps it.
+        :param allocation: how the sparsity is spread over layers; None keeps the plan's.
         :return: the new plan.
         :raises nncf.ValidationError: there are no statistics, or the specification does not fit.
         """
@@ -90,7 +98,10 @@ class ScapController(CompressionController):
                 "dataset=, or load a folder that has statistics.safetensors."
             )
             raise nncf.ValidationError(msg)
+        settings = dict(self.plan.made_by.get("settings") or {})
+        settings["allocation"] = allocation or settings.get("allocation", "uniform")
         targets = resolve(sparsity, self.calibration.sites)
+        targets = allocate(settings["allocation"], targets, self.calibration.sites, self.calibration.costs)
         if mode is not None:
             check_mode_method(mode)
         methods = {site.name: site.mode_method for site in self.plan.sites}
@@ -99,8 +110,9 @@ class ScapController(CompressionController):
             for site in self.calibration.sites
         )
         sites = tuple(site_plan for site_plan in plans if site_plan is not None)
-        plan = replace(self.plan, sites=sites, prune=self.plan.prune if prune is None else prune)
-        plan = plan.with_prune(plan.prune)
+        settings["sparsity"] = dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
+        made_by = {**self.plan.made_by, "settings": settings}
+        plan = replace(self.plan, sites=sites, made_by=made_by).with_prune(prune or self.plan.prune)
         backend = backend_of(self._model)
         backend.remove(self._model)
         try:

@@ -3,6 +3,7 @@
 
 from scap_nncf.algorithms.backends.torch.collect import collect, collect_sequential, histograms_of, statistic_points
 from scap_nncf.algorithms.backends.torch.discover import inspect_model
+from scap_nncf.algorithms.backends.torch.fisher import collect_costs
 from scap_nncf.algorithms.backends.torch.layers import shapes_of
 from scap_nncf.algorithms.backends.torch.prune import (
     counts,
@@ -17,6 +18,7 @@ from scap_nncf.algorithms.backends.torch.prune import (
 
 __all__ = [
     "collect",
+    "collect_costs",
     "collect_sequential",
     "counts",
     "histograms_of",

@@ -27,10 +27,7 @@ def plan_site(
     layers = [layer for layer in site.layers if layer.name in targets]
     if not layers:
         return None
-    method = targets[layers[0].name].mode_method or mode_method
-    weights = sum(layer.weights for layer in layers)
-    mean_sparsity = sum(targets[layer.name].sparsity * layer.weights for layer in layers) / weights
-    mode, found_by = choose_mode(histogram, method, mean_sparsity)
+    mode, found_by = site_mode(site, histogram, targets, mode_method)
     return SitePlan(
         site.name,
         site.block,
@@ -48,6 +45,17 @@ def plan_site(
             for layer in layers
         ),
     )
+
+
+def site_mode(
+    site: Site, histogram: ActivationHistogram, targets: Mapping[str, Target], mode_method: str
+) -> tuple[float, str]:
+    """The mode of a site that has a target, and the method that gave it."""
+    layers = [layer for layer in site.layers if layer.name in targets]
+    method = targets[layers[0].name].mode_method or mode_method
+    weights = sum(layer.weights for layer in layers)
+    mean_sparsity = sum(targets[layer.name].sparsity * layer.weights for layer in layers) / weights
+    return choose_mode(histogram, method, mean_sparsity)
 
 
 def _threshold(histogram: ActivationHistogram, sparsity: float, mode: float) -> float:

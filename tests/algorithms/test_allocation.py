@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Allocations: the budget is kept, prices are what the definition says, the cheap layers pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nncf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import scap_nncf
+from scap_nncf.algorithms.allocation import fisher, profile
+from scap_nncf.algorithms.allocation.fisher import LEVELS, MAX_SPARSITY, Costs
+from scap_nncf.algorithms.backends.torch.fisher import _sampled_loss
+
+Factory = Callable[..., Any]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.floats(0.0, 0.96), st.integers(0, 2**31))
+def test_the_budget_is_spent_exactly(count: int, share: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    weights = {f"l{i}": int(random.integers(1, 1000)) for i in range(count)}
+    prices = {name: np.sort(random.exponential(size=len(LEVELS))) for name in weights}
+    budget = share * sum(weights.values())
+    values = fisher.allocate(Costs(prices, 1), weights, budget)
+    assert sum(weights[name] * value for name, value in values.items()) == pytest.approx(budget)
+    assert all(0 <= value <= MAX_SPARSITY + 1e-12 for value in values.values())
+    values = profile.allocate(dict.fromkeys(weights, "up"), weights, budget)
+    assert sum(weights[name] * value for name, value in values.items()) == pytest.approx(budget)
+
+
+def test_fisher_is_the_cheapest_of_all_plans_on_its_levels() -> None:
+    """For convex prices the greedy filling is optimal; checked against all combinations of three layers."""
+    random = np.random.default_rng()
+    weights = {"a": 100, "b": 200, "c": 100}
+    curves = {name: random.uniform(0.1, 3) * np.array(LEVELS) ** random.uniform(1.5, 4) for name in weights}
+    levels = [level for level in LEVELS if level < MAX_SPARSITY]
+    values = fisher.allocate(Costs(curves, 1), weights, 200.0)
+
+    def total(choice: dict[str, float]) -> float:
+        return sum(float(np.interp(choice[name], LEVELS, curves[name])) for name in weights)
+
+    best = min(
+        total({"a": a, "b": b, "c": c})
+        for a in levels
+        for b in levels
+        for c in levels
+        if 100 * a + 200 * b + 100 * c >= 200
+    )
+    assert total(values) <= best * (1 + 1e-9)
+
+
+def test_prices_follow_their_definition(tiny_llama: nn.Module, batches: Factory) -> None:
+    """g = δ·W from the gradient at the layer's output, summed by level in float64."""
+    data = batches(2)
+    costs = scap_nncf.calibrate(tiny_llama, dataset=data, allocation="fisher", mode="zero").costs
+    statistics = scap_nncf.calibrate(tiny_llama, dataset=data)
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        module = tiny_llama.get_submodule(name)
+        site = next(s for s in statistics.sites if name in [layer.name for layer in s.layers])
+        histogram = statistics.histograms[site.name]
+        expected, tokens = np.zeros(len(LEVELS)), 0
+        for index, sample in enumerate(data):
+            kept: dict[str, torch.Tensor] = {}
+
+            def hook(_m: nn.Module, args: Any, output: torch.Tensor, kept: dict[str, torch.Tensor] = kept) -> Any:
+                kept["x"] = args[0].detach()
+                kept["y"] = output.detach().requires_grad_()
+                return kept["y"]
+
+            handle = module.register_forward_hook(hook)
+            with torch.enable_grad():
+                _sampled_loss(tiny_llama(**sample).logits, None, 0, index).backward()
+            handle.remove()
+            gradient = (kept["y"].grad @ module.weight).reshape(-1, module.in_features).double()
+            x = kept["x"].reshape(-1, module.in_features).double()
+            for position, level in enumerate(LEVELS[1:], start=1):
+                dropped = (x.abs() <= histogram.quantile(level)) * gradient * x
+                expected[position] += dropped.sum(1).square().sum().item()
+            tokens += len(x)
+        assert costs.prices[name] == pytest.approx(expected / tokens, rel=1e-3, abs=1e-9)
+    assert costs.tokens == tokens
+
+
+def test_fisher_lowers_the_predicted_price(tiny_llama: nn.Module, batches: Factory, tmp_path: Path) -> None:
+    nncf.compress(tiny_llama, dataset=batches(), sparsity=0.5, allocation="fisher")
+    controller = scap_nncf.get_controller(tiny_llama)
+    assert controller.statistics().sparsity == pytest.approx(0.5)
+    q, k, v = controller.plan.sites[0].layers
+    assert len({q.threshold, k.threshold, v.threshold}) > 1
+
+    def price(plan: Any) -> float:
+        prices = controller.calibration.costs.prices
+        return sum(float(np.interp(layer.sparsity, LEVELS, prices[layer.name])) for layer in plan.layers)
+
+    by_fisher = controller.plan
+    uniform = controller.set_sparsity(0.5, allocation="uniform")
+    assert price(by_fisher) < price(uniform)
+    # one table serves every budget, also after a reload
+    controller.save(tmp_path)
+    controller.strip()
+    again = scap_nncf.get_controller(nncf.compress(tiny_llama, plan=tmp_path))
+    assert again.set_sparsity(0.5, allocation="fisher").sites == by_fisher.sites
+    assert again.set_sparsity(0.3).made_by["settings"]["allocation"] == "fisher"
+
+
+def test_padding_has_no_price(tiny_llama: nn.Module, batches: Factory) -> None:
+    short = batches(1, 2, 9)[0]
+    padded = {key: torch.nn.functional.pad(value, (0, 4)) for key, value in short.items()}
+    a = scap_nncf.calibrate(tiny_llama, dataset=[short], allocation="fisher").costs
+    b = scap_nncf.calibrate(tiny_llama, dataset=[padded], allocation="fisher").costs
+    assert a.tokens == b.tokens == 18
+    name = "model.layers.0.mlp.up_proj"
+    assert a.prices[name] == pytest.approx(b.prices[name], rel=1e-3)
+
+
+def test_gradient_flags_and_hooks_are_restored(tiny_llama: nn.Module, batches: Factory) -> None:
+    tiny_llama.requires_grad_(True)
+    scap_nncf.calibrate(tiny_llama, dataset=batches(1), allocation="fisher")
+    assert all(p.requires_grad and p.grad is None for p in tiny_llama.parameters())
+    assert not any(m._forward_pre_hooks for m in tiny_llama.modules())
+
+
+def test_what_fisher_cannot_do(tiny_llama: nn.Module, batches: Factory) -> None:
+    with pytest.raises(nncf.UnsupportedModelError, match="logits"):
+        nncf.compress(nn.Sequential(nn.Linear(8, 8)), dataset=[torch.randn(2, 8)], allocation="fisher")
+    nncf.compress(tiny_llama, dataset=batches(1), sparsity=0.5)
+    controller = scap_nncf.get_controller(tiny_llama)
+    with pytest.raises(nncf.ValidationError, match="calibrate with allocation='fisher'"):
+        controller.set_sparsity(0.5, allocation="fisher")
+    with pytest.raises(nncf.ValidationError, match="allocation must be"):
+        controller.set_sparsity(0.5, allocation="greedy")
+    with pytest.raises(nncf.ValidationError, match="allocation must be"):
+        scap_nncf.Scap(allocation="fischer")
+    controller.strip()
+    with pytest.raises(nncf.ValidationError, match="cannot be reached"):
+        nncf.compress(tiny_llama, dataset=batches(1), sparsity=0.98, allocation="fisher")
