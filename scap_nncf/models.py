@@ -201,15 +201,17 @@ def convert_gguf(path: str | os.PathLike[str], dtype: torch.dtype | str | None =
         if target.is_dir():  # another process has made it while this one waited
             return target
         nncf_logger.info(f"converting {path.name}; this happens once")
+        _check_gguf(path)
         tokenizer = tokenizer_from_gguf(path)
         try:
             with _quiet_progress():
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    str(path.parent), gguf_file=path.name, dtype=dtype, local_files_only=True
+                model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                    str(path.parent), gguf_file=path.name, dtype=dtype, local_files_only=True, output_loading_info=True
                 )
         except (ValueError, KeyError, NotImplementedError) as error:
             msg = f"{path}: transformers {transformers.__version__} cannot load this GGUF file: {_first_line(error)}"
             raise nncf.UnsupportedModelError(msg) from error
+        _check_complete(str(path), info)
         # the id of a folder says more in a plan or an error than the GGUF's display name
         model.config._name_or_path = path.stem
         with new_folder(target) as folder, _quiet_progress():
@@ -217,6 +219,34 @@ def convert_gguf(path: str | os.PathLike[str], dtype: torch.dtype | str | None =
             tokenizer.save_pretrained(folder)
             (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
     return target
+
+
+def _check_gguf(path: Path) -> None:
+    """
+    What is missing in a GGUF file, transformers fills with defaults: random weights in the shape of a 7B model.
+    """
+    gguf = require("gguf", "transformers", "loading a GGUF file")
+    try:
+        reader = gguf.GGUFReader(str(path))
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        msg = f"{path} is damaged or cut off: {_first_line(error)}"
+        raise nncf.ValidationError(msg) from error
+    field = reader.fields.get("general.architecture")
+    architecture = None if field is None else field.contents()
+    sizes = [f"{architecture}.{name}" for name in ("block_count", "embedding_length", "feed_forward_length")]
+    missing = [name for name in sizes if name not in reader.fields]
+    if not reader.tensors or missing:
+        lacks = "no weights" if not reader.tensors else f"no {', '.join(missing)}"
+        msg = f"{path} is no whole model: it holds {lacks}"
+        raise nncf.ValidationError(msg)
+
+
+def _check_complete(name: str, info: dict[str, Any]) -> None:
+    missing = sorted(info.get("missing_keys", ())) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        msg = f"{name}: the checkpoint lacks weights that the model needs, or has them in another shape: {shown}"
+        raise nncf.ValidationError(msg)
 
 
 def _from_folder(path: Path, dtype: Any, device: Any, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -254,12 +284,20 @@ def _load(name: str, dtype: Any, device: Any, **options: Any) -> tuple[Any, Any]
             raise nncf.UnsupportedModelError(msg)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
+            # where the files of the tokenizer are missing, transformers 5 makes up an empty one
+            if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+                msg = "there is no tokenizer beside it; save one there with tokenizer.save_pretrained"
+                raise nncf.ValidationError(msg)
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype or "auto", output_loading_info=True, **options
+            )
         except MemoryError:
             raise
         except Exception as error:  # a truncated file, a missing shard, a missing package: all kinds of exceptions
             msg = f"{name}: the model cannot be loaded: {_first_line(error)}"
             raise nncf.ValidationError(msg) from error
+    # transformers would go on with random values and a warning
+    _check_complete(name, info)
     return model.to(device).eval(), tokenizer
 
 
