@@ -571,5 +571,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    expected = type(error).__module__.startswith(("nncf", "scap_nncf")) or isinstance(error, (OSError, ImportError))
+    expected = type(error).__module__.startswith(("nncf", "scap_nncf")) or isinstance(error, OSError)
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
