@@ -23,8 +23,10 @@ register()
 _LAZY = {
     "export_openvino": "scap_nncf.export",
     "load_openvino": "scap_nncf.openvino_io",
+    "load_pretrained": "scap_nncf.checkpoint",
     "measure_sparsity": "scap_nncf.openvino_io",
     "save_openvino": "scap_nncf.openvino_io",
+    "save_pretrained": "scap_nncf.checkpoint",
 }
 
 
@@ -48,8 +50,10 @@ __all__ = [
     "get_controller",
     "inspect_model",
     "load_openvino",
+    "load_pretrained",
     "load_recipe",
     "make_plan",
     "measure_sparsity",
     "save_openvino",
+    "save_pretrained",
 ]

@@ -59,7 +59,7 @@ def load_model(
     """
     Loads a causal language model and its tokenizer.
 
-    :param ref: a local folder made by `save_pretrained`, a `.gguf` file (or a folder with one and no config.json),
+    :param ref: a local folder made by `save_pretrained` (of transformers, or of this package: a compressed model), a `.gguf` file (or a folder with one and no config.json),
         a hub id such as `org/name`, or `demo` (see `demo_model`).
     :param dtype: of the weights: a torch dtype or its name; None for the checkpoint's own (float32 for a GGUF file,
         whose dequantised values it holds exactly).
@@ -74,6 +74,8 @@ def load_model(
     if str(ref) == "demo":
         return demo_model(dtype=dtype, device=device)
     path = Path(ref).expanduser()
+    if (path / "checkpoint.json").is_file():
+        return _from_checkpoint(path, dtype, device)
     if path.is_dir() and not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) != 1:
@@ -247,6 +249,22 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         msg = f"{name}: the checkpoint lacks weights that the model needs, or has them in another shape: {shown}"
         raise nncf.ValidationError(msg)
+
+
+def _from_checkpoint(path: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
+    """A folder of `scap_nncf.save_pretrained`: quantised and sparse as it was saved."""
+    from scap_nncf.checkpoint import load_pretrained
+
+    if dtype is not None:
+        msg = f"{path} holds a compressed model, whose types are fixed; leave out dtype={str(dtype)[6:]}"
+        raise nncf.ValidationError(msg)
+    transformers = require("transformers", "transformers", "loading a model")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        msg = f"{path} has no tokenizer: {_first_line(error)}; save it with save_pretrained(model, folder, tokenizer)"
+        raise nncf.ValidationError(msg) from error
+    return load_pretrained(path, device=device), tokenizer
 
 
 def _from_folder(path: Path, dtype: Any, device: Any, trust_remote_code: bool) -> tuple[Any, Any]:

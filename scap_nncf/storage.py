@@ -15,7 +15,7 @@ import nncf
 
 _TEMPORARY = ".scap-tmp-"
 # Each output folder holds one of these; no other folder is ever replaced, whatever the flags say.
-_OURS = ("plan.json", "result.json")
+_OURS = ("plan.json", "result.json", "checkpoint.json")
 _STALE_AFTER = 24 * 3600  # seconds; an unfinished folder this old was left by a process that was killed
 
 

@@ -71,7 +71,8 @@ class Pruner:
     def post_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> Any:
         if not self.active(input_argument(args, kwargs)):
             return None
-        return output + getattr(module, CORRECTION)
+        # packed weights do not show the type that the layer computes in
+        return output + getattr(module, CORRECTION).to(output.dtype)
 
     def reset(self) -> None:
         """Forget the counts."""

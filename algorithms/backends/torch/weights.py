@@ -54,7 +54,11 @@ def _nncf_column_sums(model: nn.Module, name: str, weight: torch.Tensor) -> torc
     from scap_nncf.algorithms.backends.torch.function_hooks import input_scale
 
     with torch.no_grad():
-        dense = get_hook_storage(model).execute_post_function_hooks(f"{name}.weight", 0, weight)
+        storage = get_hook_storage(model)
+        # NNCF knows a weight that several layers share by one of its names
+        names = [key for key, value in model.named_parameters(remove_duplicate=False) if value is weight]
+        hooked = (key for key in names if f"{key.replace('.', ':')}__0" in storage.post_hooks)
+        dense = storage.execute_post_function_hooks(next(hooked, f"{name}.weight"), 0, weight)
         matrix = dense if type(model.get_submodule(name)).__name__ == "Conv1D" else dense.t()  # [IC, OC]
         # AWQ and SmoothQuant multiply the activation right before the matrix product. Quantisers of the activation
         # that NNCF puts there as well are left out: their range is that of activations, not of ones.
