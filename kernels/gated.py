@@ -75,7 +75,9 @@ def _down(x: torch.Tensor) -> torch.Tensor:
 
 def _activation(module: nn.Module, inputs: tuple[str, ...], down: str) -> str | None:
     # dense around zero, where activations differ, and far out, where some models clamp
-    x = torch.cat([torch.linspace(-6, 6, 97), torch.tensor([-300.0, -40.0, -12.0, 12.0, 40.0, 300.0])]).reshape(1, 1, -1)
+    x = torch.cat([torch.linspace(-6, 6, 97), torch.tensor([-300.0, -40.0, -12.0, 12.0, 40.0, 300.0])]).reshape(
+        1, 1, -1
+    )
     functions = {down: _down}
     if len(inputs) == 1:
         functions[inputs[0]] = lambda v: torch.cat([_gate(v), _up(v)], dim=-1)

@@ -12,6 +12,7 @@ All of this is for inference: weights are frozen and no gradient flows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -253,6 +254,14 @@ class FloatProjection(Projection):
             self.refresh_bias()
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FloatProjection:
+        # parameters copy themselves as tensors of their own, also where they are views
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        twin._tie()
+        return twin
+
     def release(self) -> None:
         with torch.no_grad():
             for part in self.parts:
@@ -271,9 +280,7 @@ class FloatProjection(Projection):
         run = reference if self.use_reference else ops
         options = {} if self.use_reference else {"sparsity": self.sparsity}
         if self.activation is None:
-            return run.sparse_fc(
-                x, self.weight, self.thresholds, self.segments, self.mode, self.fused_bias, **options
-            )
+            return run.sparse_fc(x, self.weight, self.thresholds, self.segments, self.mode, self.fused_bias, **options)
         gate, up = self.thresholds[0], self.thresholds[-1]
         return run.sparse_glu(x, self.weight, gate, up, self.mode, self.activation, self.fused_bias, **options)
 
@@ -292,9 +299,8 @@ class _Handover:
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Handover:
-        copy = _Handover()
-        memo[id(self)] = copy
-        return copy
+        memo[id(self)] = twin = _Handover()
+        return twin
 
 
 class DeployedLinear(nn.Module):

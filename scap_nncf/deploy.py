@@ -292,6 +292,11 @@ class Deployment:
         for projection in self.projections:
             projection.set_counting(on)
 
+    def set_decode_only(self, on: bool) -> None:
+        """Prune tokens that come alone only, or all; for measurements, the plan's policy stays what it is."""
+        for projection in self.projections:
+            projection.decode_only = on
+
     def set_enabled(self, enabled: bool) -> None:
         """Switch all pruning on or off; off is the dense model, on the same weights."""
         for projection in self.projections:

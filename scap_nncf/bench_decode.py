@@ -1,0 +1,667 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Decoding speed of a whole model, dense and deployed.
+
+A model of a named shape gets random weights, is calibrated on random tokens and deployed; dense and sparse steps run
+with a static cache, as they are, in a CUDA graph, and compiled in a CUDA graph. What is timed is one token: the model's
+forward, the argmax, and the choice of the next input. Thresholds calibrated on random tokens realise the sparsity that
+was asked for, which is counted while decoding and reported; text quality has no part in this.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nncf
+import torch
+from torch import nn
+
+from scap_nncf.extras import require
+
+_GROUPED = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+#: name → model type and configuration of transformers
+SHAPES: dict[str, dict[str, Any]] = {
+    "mistral-7b": {
+        "model_type": "mistral",
+        **_GROUPED,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+        "sliding_window": None,
+        "max_position_embeddings": 32768,
+    },
+    "llama-2-7b": {
+        "model_type": "llama",
+        **_GROUPED,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
+    "llama-3-8b": {
+        "model_type": "llama",
+        **_GROUPED,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+    },
+    "tiny": {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 176,
+        "vocab_size": 256,
+        "max_position_embeddings": 4096,
+    },
+}
+
+#: name → sparsity, as scap_nncf.compress takes it
+SPARSITIES: dict[str, Any] = {
+    "ffn-48.5": {"up": 0.40, "gate": 0.40, "down": 0.60},
+    "all-50": 0.5,
+}
+
+MODES = ("eager", "graph", "compiled")
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """
+    One timed way to decode.
+
+    :param variant: ``dense``, or the name of a sparsity.
+    :param mode: ``eager``, ``graph`` (eager in a CUDA graph) or ``compiled`` (torch.compile in a CUDA graph; without a
+        GPU there is no graph).
+    :param ms: median milliseconds a token (a step of the whole batch).
+    :param spread: largest minus smallest of the rounds, ms.
+    :param realised: dropped share of the inputs of the pruned layers, weighted by weight elements; None for dense.
+    :param saved: share of the weights of all FC layers in the blocks that need not be read; None for dense.
+    :param error: why there is no figure, or empty.
+    """
+
+    variant: str
+    mode: str
+    batch: int
+    prompt: int
+    ms: float | None
+    spread: float | None
+    tokens_per_second: float | None
+    realised: float | None
+    saved: float | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class PrefillRow:
+    """Time to first token: one eager forward over the prompt, with the token policy `prune`; median ms."""
+
+    variant: str
+    prune: str
+    prompt: int
+    ms: float
+    spread: float
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """
+    Bytes of device memory of one model.
+
+    :param weights: allocated once the model is ready.
+    :param deploying: highest while it was deployed.
+    :param running: highest while prefilling and decoding.
+    """
+
+    variant: str
+    weights: int
+    deploying: int
+    running: int
+
+
+@dataclass
+class DecodeResult:
+    """What a benchmark found; ``str()`` is a table."""
+
+    about: dict[str, Any]
+    decode: list[DecodeRow] = field(default_factory=list)
+    prefill: list[PrefillRow] = field(default_factory=list)
+    memory: list[MemoryRow] = field(default_factory=list)
+
+    def best_dense(self, batch: int, prompt: int) -> float | None:
+        """Milliseconds a token of the fastest dense way."""
+        times = [
+            row.ms
+            for row in self.decode
+            if row.variant == "dense" and row.ms is not None and (row.batch, row.prompt) == (batch, prompt)
+        ]
+        return min(times, default=None)
+
+    def speedup(self, row: DecodeRow) -> float | None:
+        """Over the fastest dense way of the same run."""
+        best = self.best_dense(row.batch, row.prompt)
+        return None if best is None or row.ms is None else best / row.ms
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.about.get('model')} {self.about.get('dtype')} on {self.about.get('device')}",
+            f"{'variant':12} {'mode':9} {'batch':>5} {'prompt':>6} {'ms/token':>9} {'±':>6} {'tok/s':>8} {'x best dense':>12}"
+            f" {'realised':>8}",
+        ]
+        for row in self.decode:
+            speedup = self.speedup(row)
+            lines.append(
+                f"{row.variant:12} {row.mode:9} {row.batch:5} {row.prompt:6} "
+                + (
+                    f"{row.ms:9.3f} {row.spread:6.3f} {row.tokens_per_second:8.1f} {speedup or 0:12.2f} "
+                    + (f"{row.realised:8.3f}" if row.realised is not None else f"{'':8}")
+                    if row.ms is not None
+                    else f"failed: {row.error}"
+                )
+            )
+        for prefill in self.prefill:
+            lines.append(
+                f"prefill {prefill.prompt} {prefill.variant:12} prune={prefill.prune:7} {prefill.ms:9.2f} ms "
+                f"± {prefill.spread:.2f} {prefill.error}"
+            )
+        for memory in self.memory:
+            lines.append(
+                f"memory {memory.variant:12} weights {memory.weights / 2**20:.0f} MiB, while deploying "
+                f"{memory.deploying / 2**20:.0f}, running {memory.running / 2**20:.0f}"
+            )
+        return "\n".join(lines)
+
+    def save(self, folder: str | os.PathLike[str], name: str = "decode") -> list[Path]:
+        """
+        Write NAME.json and NAME.csv, and NAME.png where matplotlib is installed.
+
+        :return: the files.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        data = {
+            "about": self.about,
+            "decode": [{**asdict(row), "speedup": self.speedup(row)} for row in self.decode],
+            "prefill": [asdict(row) for row in self.prefill],
+            "memory": [asdict(row) for row in self.memory],
+        }
+        files = [target / f"{name}.json", target / f"{name}.csv"]
+        files[0].write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        with files[1].open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, [*DecodeRow.__dataclass_fields__, "speedup"])
+            writer.writeheader()
+            writer.writerows(data["decode"])
+        try:
+            figure = plot(self)
+        except ImportError as error:
+            print(error, file=sys.stderr)
+        else:
+            figure.savefig(target / f"{name}.png", dpi=130)
+            files.append(target / f"{name}.png")
+        return files
+
+
+def plot(result: DecodeResult) -> Any:
+    """
+    Milliseconds a token of every way, a panel for each batch size and prompt length; returns the matplotlib figure.
+
+    :raises MissingExtraError: matplotlib is not installed.
+    """
+    figures = require("matplotlib.figure", "report", "plotting a benchmark")
+    panels = list(dict.fromkeys((row.batch, row.prompt) for row in result.decode))
+    figure = figures.Figure(figsize=(1.6 + 3.2 * max(1, len(panels)), 3.6), layout="constrained")
+    for axes, (batch, prompt) in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels):
+        rows = [r for r in result.decode if (r.batch, r.prompt) == (batch, prompt) and r.ms and r.mode != "eager"]
+        labels = [f"{row.variant}\n{row.mode}" for row in rows]
+        colours = ["#8d99ae" if row.variant == "dense" else "#1a936f" for row in rows]
+        bars = axes.bar(range(len(rows)), [row.ms for row in rows], color=colours)
+        for bar, row in zip(bars, rows):
+            text = f"{row.ms:.2f}" + ("" if row.variant == "dense" else f"\n{result.speedup(row):.2f}x")
+            axes.annotate(
+                text, (bar.get_x() + bar.get_width() / 2, bar.get_height()), ha="center", va="bottom", fontsize=7
+            )
+        axes.set_xticks(range(len(rows)), labels, fontsize=7)
+        axes.set_title(f"batch {batch}, prompt {prompt}", fontsize=9)
+        axes.margins(y=0.18)
+        axes.set_ylabel("ms a token" if batch == 1 else "ms a step", fontsize=8)
+    about = result.about
+    figure.suptitle(f"{about.get('model')}, {about.get('dtype')}, {about.get('device')}", fontsize=10)
+    return figure
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def random_model(
+    shape: str | Mapping[str, Any], dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> nn.Module:
+    """
+    A causal LM of a named shape (or of a mapping of configuration values) with random weights, in evaluation mode.
+
+    :raises nncf.ValidationError: unknown shape.
+    """
+    transformers = require("transformers", "transformers", "a model of a named shape")
+    if isinstance(shape, str):
+        if shape not in SHAPES:
+            msg = f"Unknown model shape {shape!r}; there are {', '.join(SHAPES)}."
+            raise nncf.ValidationError(msg)
+        shape = SHAPES[shape]
+    values = dict(shape)
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), use_cache=True, **values)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        generator = torch.Generator(device).manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() >= 2:  # outputs of unit size everywhere, in any dtype
+                    parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+    return model.requires_grad_(False).eval()
+
+
+def sparse_plans(
+    model: nn.Module, sparsities: Mapping[str, Any], samples: int = 8, length: int = 256, prune: str = "all"
+) -> dict[str, Any]:
+    """One plan for each sparsity, from one calibration on random tokens."""
+    import scap_nncf
+
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = model.config.vocab_size  # type: ignore[union-attr]
+    batches = [
+        {"input_ids": torch.randint(vocabulary, (1, length), generator=generator).to(device)} for _ in range(samples)
+    ]
+    calibration = scap_nncf.calibrate(model, dataset=nncf.Dataset(batches), mode="zero")
+    return {
+        name: scap_nncf.make_plan(calibration, scap_nncf.Scap(sparsity=value, mode="zero", prune=prune))
+        for name, value in sparsities.items()
+    }
+
+
+# -- one way to decode -------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """
+    Decoding steps of one model with a static cache, fed with random tokens.
+
+    :param model: a causal LM of transformers.
+    :param tokens: how many steps follow the prompt at most; the cache holds these and the prompt.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, prompt: int, tokens: int, seed: int = 2) -> None:
+        from transformers import StaticCache
+
+        self.model, self.batch, self.prompt, self.tokens = model, batch, prompt, tokens
+        self.device = next(model.parameters()).device
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = model.config.vocab_size  # type: ignore[union-attr]
+        ids = torch.randint(vocabulary, (batch, prompt + tokens + 1), generator=generator).to(self.device)
+        self.prompt_ids, self.stream = ids[:, :prompt], ids[:, prompt:].contiguous()
+        self.cache = StaticCache(config=model.config, max_cache_len=prompt + tokens)
+        self.input_ids = self.stream[:, :1].clone()
+        self.position = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.chosen = torch.zeros((batch,), dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            model(self.prompt_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.run: Callable[[], None] = self._step
+
+    def _step(self) -> None:
+        with torch.no_grad():
+            logits = self._forward(self.input_ids)
+            self.chosen.copy_(logits[:, -1].argmax(-1))
+            # random weights repeat one token for ever; a random stream keeps activations like those of the calibration
+            self.position.add_(1)
+            self.input_ids.copy_(self.stream.index_select(1, self.position.reshape(1)))
+
+    def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, past_key_values=self.cache, use_cache=True, return_dict=True).logits
+
+    def compile(self) -> None:
+        """Compile the model's part of the step."""
+        model, cache = self.model, self.cache
+
+        def forward(input_ids: torch.Tensor) -> torch.Tensor:
+            return model(input_ids, past_key_values=cache, use_cache=True, return_dict=True).logits
+
+        self._forward = torch.compile(forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+
+    def capture(self) -> None:
+        """Record one step as a CUDA graph and run that from now on."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.reset()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self.run = graph.replay
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the end of the prompt."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.prompt)
+        self.position.zero_()
+        self.input_ids.copy_(self.stream[:, :1])
+
+    def time(self, tokens: int) -> float:
+        """Milliseconds a step, over `tokens` steps from the end of the prompt."""
+        self.reset()
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(tokens):
+                self.run()
+            return (time.perf_counter() - start) * 1e3 / tokens
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(tokens):
+            self.run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / tokens
+
+
+def _prepare(decoder: Decoder, mode: str) -> None:
+    on_gpu = decoder.device.type == "cuda"
+    if mode == "compiled":
+        decoder.compile()
+    if mode == "eager" or not on_gpu:
+        for _ in range(3):
+            decoder.run()
+    else:
+        decoder.capture()
+    decoder.reset()
+
+
+# -- the benchmark -----------------------------------------------------------------------------------------------------
+
+
+def run(
+    model: str | Mapping[str, Any] | nn.Module = "mistral-7b",
+    *,
+    sparsities: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str | None = None,
+    prompts: Sequence[int] = (256, 1024, 2048),
+    batches: Sequence[int] = (1, 4),
+    cases: Sequence[tuple[int, int]] | None = None,
+    tokens: int = 128,
+    rounds: int = 5,
+    dense_modes: Sequence[str] = MODES,
+    sparse_modes: Sequence[str] = ("compiled",),
+    prefill: int | None = 2048,
+    backend: str = "triton",
+    log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> DecodeResult:
+    """
+    Time decoding, dense and deployed.
+
+    All ways of one case are made ready first and then timed in turns, round by round, so that a drift of the clock hits
+    all of them. Every model is in memory at that time (dense, and one for each sparsity).
+
+    :param model: name in :data:`SHAPES`, a mapping of configuration values with ``model_type``, or a causal LM without
+        activation sparsity (it is deep-copied for every sparsity).
+    :param sparsities: name → sparsity as :func:`scap_nncf.compress` takes it; default :data:`SPARSITIES`.
+    :param prompts: prompt lengths, combined with every one of `batches`.
+    :param cases: (batch, prompt) pairs instead of `prompts` and `batches`.
+    :param tokens: steps a round.
+    :param dense_modes: which of :data:`MODES` to time for the dense model.
+    :param sparse_modes: which to time for the sparse ones.
+    :param prefill: prompt length for the time to first token at batch 1; None leaves it out.
+    :param backend: of :func:`scap_nncf.deploy`.
+    :raises nncf.ValidationError: unknown shape or mode.
+    """
+    unknown = [mode for mode in (*dense_modes, *sparse_modes) if mode not in MODES]
+    if unknown:
+        msg = f"Unknown mode {unknown[0]!r}; there are {', '.join(MODES)}."
+        raise nncf.ValidationError(msg)
+    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    sparsities = SPARSITIES if sparsities is None else sparsities
+    result = DecodeResult(_about(model, dtype, where, sparsities, tokens, rounds))
+    models = _models(result, model, sparsities, dtype, where, backend, log)
+    saved = {name: _weights_saved(m) for name, m in models.items()}
+    for batch, prompt in cases or [(batch, prompt) for batch in batches for prompt in prompts]:
+        torch._dynamo.reset()  # every case compiles the same functions anew, for other shapes and models
+        realised = {name: _count_realised(m, batch, prompt) for name, m in models.items() if name != "dense"}
+        ready: list[tuple[str, str, Decoder]] = []
+        errors: dict[tuple[str, str], str] = {}
+        for name, m in models.items():
+            for mode in dense_modes if name == "dense" else sparse_modes:
+                start = time.perf_counter()
+                try:
+                    decoder = Decoder(m, batch, prompt, tokens)
+                    _prepare(decoder, mode)
+                except Exception as error:  # one way that fails must not cost the others
+                    errors[name, mode] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                    log(f"{name} {mode}: {errors[name, mode]}")
+                    continue
+                ready.append((name, mode, decoder))
+                log(f"batch {batch} prompt {prompt}: {name} {mode} ready in {time.perf_counter() - start:.1f} s")
+        times: dict[tuple[str, str], list[float]] = {(name, mode): [] for name, mode, _ in ready}
+        for _ in range(rounds):
+            for name, mode, decoder in ready:
+                times[name, mode].append(decoder.time(min(tokens, 24) if mode == "eager" else tokens))
+        for name in models:
+            for mode in dense_modes if name == "dense" else sparse_modes:
+                values = times.get((name, mode), [])
+                ms = statistics.median(values) if values else None
+                result.decode.append(
+                    DecodeRow(
+                        name,
+                        mode,
+                        batch,
+                        prompt,
+                        ms,
+                        max(values) - min(values) if values else None,
+                        batch * 1e3 / ms if ms else None,
+                        realised.get(name),
+                        None if name == "dense" else saved[name] * realised[name],
+                        errors.get((name, mode), ""),
+                    )
+                )
+        del ready
+        _free(where)
+    if prefill:
+        result.prefill = _time_prefill(models, prefill, rounds, where)
+    return result
+
+
+def _models(
+    result: DecodeResult,
+    model: str | Mapping[str, Any] | nn.Module,
+    sparsities: Mapping[str, Any],
+    dtype: torch.dtype,
+    where: torch.device,
+    backend: str,
+    log: Callable[[str], None],
+) -> dict[str, nn.Module]:
+    import copy
+
+    import scap_nncf
+    from scap_nncf.deploy import deploy
+
+    def build() -> nn.Module:
+        if isinstance(model, nn.Module):
+            return copy.deepcopy(model).to(where)
+        return random_model(model, dtype, where)
+
+    models: dict[str, nn.Module] = {}
+    base = _allocated(where)
+    models["dense"] = dense = model.to(where) if isinstance(model, nn.Module) else build()
+    size = _allocated(where) - base
+    result.memory.append(MemoryRow("dense", size, size, _running_peak(dense, where) - base))
+    log(f"dense: {size / 2**20:.0f} MiB")
+    plans = sparse_plans(dense, sparsities)
+    for name, plan in plans.items():
+        _free(where)
+        base = _allocated(where)
+        sparse = scap_nncf.compress(build(), plan=plan)
+        _reset_peak(where)
+        deploy(sparse, backend=backend)
+        deploying, size = _peak(where) - base, _allocated(where) - base
+        models[name] = sparse
+        result.memory.append(MemoryRow(name, size, deploying, _running_peak(sparse, where) - base))
+        log(f"{name}: {size / 2**20:.0f} MiB")
+    return models
+
+
+def _running_peak(model: nn.Module, where: torch.device) -> int:
+    """Peak of a prefill of 512 tokens and a few eager steps."""
+    _reset_peak(where)
+    decoder = Decoder(model, 1, 512, 8)
+    for _ in range(4):
+        decoder.run()
+    peak = _peak(where)
+    del decoder
+    _free(where)
+    return peak
+
+
+def _count_realised(model: nn.Module, batch: int, prompt: int, tokens: int = 32) -> float:
+    """Realised sparsity of decoding steps of a deployed model."""
+    from scap_nncf.deploy import deployment_of, drift
+
+    deployment = deployment_of(model)
+    decoder = Decoder(model, batch, prompt, tokens)
+    deployment.set_counting(True)
+    try:
+        for _ in range(tokens):
+            decoder.run()
+        return drift(model, bound=1.0).realised_sparsity
+    finally:
+        deployment.set_counting(False)
+
+
+def _weights_saved(model: nn.Module) -> float:
+    """Share of the weights of all FC layers in blocks that belongs to pruned ones."""
+    import scap_nncf
+    from scap_nncf.algorithms.plan import block_index
+
+    controller = scap_nncf.get_controller(model)
+    if controller is None:
+        return 0.0
+    pruned = sum(layer.in_features * layer.out_features for layer in controller.plan.layers)
+    total = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and block_index(name) is not None)
+    return pruned / total if total else 0.0
+
+
+def _time_prefill(models: Mapping[str, nn.Module], length: int, rounds: int, where: torch.device) -> list[PrefillRow]:
+    from transformers import StaticCache
+
+    from scap_nncf.deploy import deployment_of, is_deployed
+
+    vocabulary = next(iter(models.values())).config.vocab_size  # type: ignore[union-attr]
+    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(3)).to(where)
+
+    def once(model: nn.Module) -> float:
+        cache = StaticCache(config=model.config, max_cache_len=length + 8)
+        _synchronise(where)
+        start = time.perf_counter()
+        with torch.no_grad():
+            logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # type: ignore[operator]
+            logits.argmax(-1).tolist()
+        _synchronise(where)
+        return (time.perf_counter() - start) * 1e3
+
+    ways = [
+        (name, prune) for name in models for prune in (("all", "decode") if is_deployed(models[name]) else ("none",))
+    ]
+    times: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    for turn in range(rounds + 2):
+        for name, prune in ways:
+            model = models[name]
+            if is_deployed(model):
+                deployment_of(model).set_decode_only(prune == "decode")
+            spent = once(model)
+            if turn >= 2:
+                times[name, prune].append(spent)
+    for model in models.values():
+        if is_deployed(model):
+            deployment_of(model).set_decode_only(deployment_of(model).decode_only)
+    return [
+        PrefillRow(name, prune, length, statistics.median(values), max(values) - min(values))
+        for (name, prune), values in times.items()
+    ]
+
+
+def _about(
+    model: Any, dtype: torch.dtype, where: torch.device, sparsities: Mapping[str, Any], tokens: int, rounds: int
+) -> dict[str, Any]:
+    import transformers
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    gpu = where.type == "cuda"
+    return {
+        "model": model
+        if isinstance(model, str)
+        else type(model).__name__
+        if isinstance(model, nn.Module)
+        else dict(model),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(where) if gpu else platform.processor() or platform.machine(),
+        "sparsities": dict(sparsities),
+        "tokens": tokens,
+        "rounds": rounds,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "transformers": transformers.__version__,
+        "command": " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _synchronise(where: torch.device) -> None:
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _allocated(where: torch.device) -> int:
+    return torch.cuda.memory_allocated() if where.type == "cuda" else 0
+
+
+def _peak(where: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if where.type == "cuda" else 0
+
+
+def _reset_peak(where: torch.device) -> None:
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _free(where: torch.device) -> None:
+    gc.collect()
+    if where.type == "cuda":
+        torch.cuda.empty_cache()
