@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops, reference
-from .packing import QuantWeight
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Projection(nn.Module):
     FC layers that read the same tensor, run as one.
 
     ``y = kept(x − η) @ W + (b + η·colsum(W))``, each layer with its own threshold (SCAP paper, sections 2 and 3.3);
-    tokens that the policy does not prune get ``x @ W + b``. With an `activation` the outputs are the halves gate | up of
-    a gated feed-forward and the result is ``activation(gate) * up``.
+    tokens that the policy does not prune get ``x @ W + b``. With an `activation` the outputs are the halves gate | up
+    of a gated feed-forward and the result is ``activation(gate) * up``.
 
     :param parts: the layers in the order of their outputs.
     :param mode: η, one for all.
@@ -102,8 +101,7 @@ class Projection(nn.Module):
         """:param x: [..., K]; returns [..., N], or [..., N / 2] with an activation, in the dtype of x."""
         if not self.active(x):
             return self._gate(self._dense(x))
-        if self.zeros is not None:
-            self._count(x)
+        self._count(x)
         return self._sparse(x)
 
     def _sparse(self, x: torch.Tensor) -> torch.Tensor:
@@ -158,7 +156,8 @@ class Projection(nn.Module):
         return {part.name: (zeros[i], total) for i, part in enumerate(self.parts)}
 
     def _count(self, x: torch.Tensor) -> None:
-        assert self.zeros is not None and self.total is not None
+        if self.zeros is None or self.total is None:
+            return
         size = ((x if x.dtype == torch.float64 else x.float()) - self.mode).abs()
         dropped = {threshold: (size <= threshold).sum() for threshold in dict.fromkeys(self.thresholds)}
         self.zeros.add_(torch.stack([dropped[threshold] for threshold in self.thresholds]))
@@ -369,7 +368,7 @@ class DeployedLinear(nn.Module):
 
 class DeployedGlu(nn.Module):
     """
-    Stands where a gated feed-forward stood: ``down(activation(gate(x)) * up(x))``, gate, up and activation in one launch.
+    Stands where a gated feed-forward stood: ``down(activation(gate(x)) * up(x))`` in two launches.
 
     :param gate_up: projection with an activation.
     :param names: child names of its layers in the feed-forward.

@@ -2,9 +2,9 @@
 """
 Deployment: simulated pruning is replaced by kernels that skip the weights of dropped inputs.
 
-``deploy`` changes a sparse PyTorch model in place; ``undeploy`` gives the simulated model back, bit for bit. Layers that
-read one tensor become one launch, gate, up and activation of a gated feed-forward become one launch, and there is one
-copy of the weights, input channel by input channel.
+``deploy`` changes a sparse PyTorch model in place; ``undeploy`` gives the simulated model back, bit for bit. Layers
+that read one tensor become one launch, gate, up and activation of a gated feed-forward become one launch, and there is
+one copy of the weights, input channel by input channel.
 """
 
 from __future__ import annotations
@@ -200,8 +200,9 @@ def drift(model: Any, bound: float = DRIFT_BOUND) -> DriftReport:
     """
     Realised against target sparsity since the counters were reset, for a model deployed with ``counters=True``.
 
-    Warns to recalibrate when a layer with at least 256 counted tokens is further from its target than `bound`: then the
-    activations in use are no longer those of the calibration. Less sparsity than planned costs speed, more costs quality.
+    Warns to recalibrate when a layer with at least 256 counted tokens is further from its target than `bound`: then
+    the activations in use are no longer those of the calibration. Less sparsity than planned costs speed, more costs
+    quality.
 
     :param bound: largest difference of realised and target sparsity, as a share of the inputs.
     :raises nncf.ValidationError: the model is not deployed or has no counters.
