@@ -473,6 +473,8 @@ def parse_sparsity(text: str) -> Any:
 
 
 def _sparsity_file(path: Path) -> Any:
+    import yaml
+
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -482,12 +484,8 @@ def _sparsity_file(path: Path) -> Any:
         if path.suffix.lower() == ".json":
             data = json.loads(content)
         else:
-            from scap_nncf.extras import require
-
-            data = require("yaml", "transformers", "a YAML file").safe_load(content)
-    except Exception as error:
-        if isinstance(error, ImportError):
-            raise
+            data = yaml.safe_load(content)
+    except (ValueError, yaml.YAMLError) as error:
         msg = f"--sparsity @{path}: not valid {'JSON' if path.suffix.lower() == '.json' else 'YAML'}: {error}"
         raise typer.BadParameter(" ".join(msg.split())) from None
     if isinstance(data, dict) and set(data) == {"sparsity"}:

@@ -89,7 +89,8 @@ def _kind(site: SitePlan) -> str:
 
 def _draw(axes: Any, site: SitePlan, histogram: ActivationHistogram) -> None:
     thresholds = sorted({layer.threshold for layer in site.layers})
-    reach = max(histogram.quantile(_SHOWN, site.mode), 1.25 * max(thresholds), np.finfo(np.float32).tiny)
+    # a site that is constant has no width: the smallest positive number keeps the axis from collapsing
+    reach = float(max(histogram.quantile(_SHOWN, site.mode), 1.25 * max(thresholds), np.finfo(np.float32).tiny))
     edges = np.linspace(site.mode - reach, site.mode + reach, _BINS + 1)
     density = histogram.density(edges) / np.diff(edges)
     # bins without a value would break the line on a logarithmic axis

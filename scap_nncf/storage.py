@@ -26,7 +26,7 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """
     A folder to write into, which becomes `target` when the block ends well and vanishes when it raises.
 
@@ -57,7 +57,7 @@ def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_target(target: str | Path, overwrite: bool = False) -> None:
+def check_target(target: str | os.PathLike[str], overwrite: bool = False) -> None:
     """
     :raises nncf.ValidationError: if `target` is a file, or a folder that is not empty and may not be replaced.
     """
