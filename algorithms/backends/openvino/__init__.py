@@ -14,6 +14,7 @@ from scap_nncf.algorithms.backends.openvino.measure import measure
 from scap_nncf.algorithms.backends.openvino.prune import (
     counts,
     insert,
+    note_plan,
     remove,
     reset_counts,
     set_enabled,
@@ -31,6 +32,7 @@ __all__ = [
     "insert",
     "inspect_model",
     "measure",
+    "note_plan",
     "remove",
     "reset_counts",
     "set_enabled",

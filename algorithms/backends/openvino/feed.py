@@ -57,6 +57,8 @@ def feed(model: ov.Model, sample: Any, what: str) -> dict[str, np.ndarray[Any, A
         elif key not in _TOKENIZER_EXTRAS:
             msg = f"{what} has {key!r}, which is no input of the model. Its inputs are: {_listed(model)}."
             raise nncf.ValidationError(msg)
+    items = dict(zip(expected, model.inputs))
+    arrays = {name: _fit(array, items[name], name, what) for name, array in arrays.items()}
     _fill_in(model, arrays)
     missing = [name for name in expected if name not in arrays]
     if missing:
@@ -65,9 +67,7 @@ def feed(model: ov.Model, sample: Any, what: str) -> dict[str, np.ndarray[Any, A
             f"The model's inputs are: {_listed(model)}."
         )
         raise nncf.ValidationError(msg)
-    for item, name in zip(model.inputs, expected):
-        arrays[name] = _fit(arrays[name], item, name, what)
-    return arrays
+    return {name: _fit(arrays[name], items[name], name, what) for name in expected}
 
 
 def attention_mask(arrays: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any] | None:

@@ -140,6 +140,11 @@ def is_enabled(graph: ov.Model) -> bool:
     return not graph.has_rt_info(_ENABLED) or graph.get_rt_info(_ENABLED).astype(str) != "no"
 
 
+def note_plan(model: Any, plan: Plan) -> None:
+    """Write a plan into the ``rt_info`` of a sparse model in place of the one that is there, which prunes the same."""
+    _write_plan(ir_of(model), plan)
+
+
 def _write_plan(graph: ov.Model, plan: Plan) -> None:
     from scap_nncf._version import __version__
 
