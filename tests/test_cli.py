@@ -193,6 +193,38 @@ def test_demo_on_a_tiny_model(run, tmp_path, tiny_model_dir, monkeypatch):
     assert "not empty" in _error(err)
 
 
+GATED, PLAIN = {"gate", "up", "down", "o"}, {"fc1", "fc2", "o"}
+FUSED = {"qkv", "up", "down", "o"}
+FAMILIES = {
+    "llama": GATED | {"q", "k", "v"},
+    "mistral": GATED | {"q", "k", "v"},
+    "qwen2": GATED | {"q", "k", "v"},
+    "gemma3": GATED | {"q", "k", "v"},
+    "phi3": {"gate_up", "down", "qkv", "o"},
+    "opt": PLAIN | {"q", "k", "v"},
+    "phi": PLAIN | {"q", "k", "v"},
+    "gpt2": FUSED,
+    "falcon": FUSED,
+    "gpt_neox": FUSED,
+    "mpt": FUSED,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_from_disk_to_text(run, tmp_path, family, tiny_model, tiny_tokenizer, text_file):
+    model, plan = tmp_path / "model", tmp_path / "plan"
+    tiny_model(family).save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    code, out, err = run(
+        "compress", model, "--calibration", text_file, "--length", 24, "--samples", 6, "--output", plan, "--json"
+    )
+    assert code == 0, err
+    assert {row["role"] for row in json.loads(out)["roles"]} == FAMILIES[family]
+    code, out, err = run("generate", model, "--plan", plan, "--prompt", "The dog", "--max-new-tokens", 5, "--json")
+    assert code == 0, err
+    assert 0.3 < json.loads(out)["realised_sparsity"] < 0.7
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
