@@ -59,8 +59,9 @@ def load_model(
     """
     Loads a causal language model and its tokenizer.
 
-    :param ref: a local folder made by `save_pretrained` (of transformers, or of this package: a compressed model), a `.gguf` file (or a folder with one and no config.json),
-        a hub id such as `org/name`, or `demo` (see `demo_model`).
+    :param ref: a local folder made by `save_pretrained` (of transformers, or of this package for a compressed model),
+        a `.gguf` file (or a folder with one and no config.json), a hub id such as `org/name`, or `demo` (see
+        `demo_model`).
     :param dtype: of the weights: a torch dtype or its name; None for the checkpoint's own (float32 for a GGUF file,
         whose dequantised values it holds exactly).
     :param device: None for a CUDA device where there is one, else the CPU.
@@ -176,6 +177,7 @@ def convert_gguf(path: str | os.PathLike[str], dtype: torch.dtype | str | None =
     """
     transformers = require("transformers", "transformers", "loading a GGUF file")
     require("gguf", "transformers", "loading a GGUF file")
+    require("accelerate", "transformers", "loading a GGUF file")
     import torch
 
     path = Path(path).expanduser().resolve()
@@ -259,11 +261,10 @@ def _from_checkpoint(path: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
         msg = f"{path} holds a compressed model, whose types are fixed; leave out dtype={str(dtype)[6:]}"
         raise nncf.ValidationError(msg)
     transformers = require("transformers", "transformers", "loading a model")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        msg = f"{path} has no tokenizer: {_first_line(error)}; save it with save_pretrained(model, folder, tokenizer)"
-        raise nncf.ValidationError(msg) from error
+    if not (path / "tokenizer_config.json").is_file():  # transformers would make up an empty one
+        msg = f"{path} has no tokenizer; save it too: scap_nncf.save_pretrained(model, folder, tokenizer)"
+        raise nncf.ValidationError(msg)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     return load_pretrained(path, device=device), tokenizer
 
 
