@@ -24,6 +24,7 @@ import nncf
 import typer
 
 import scap_nncf
+from scap_nncf.cli_export import CONTEXT_SETTINGS, apply_recipe, export
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -226,6 +227,13 @@ def compress(
             help="Take a saved plan instead of calibrating; with --sparsity, its statistics give new thresholds.",
         ),
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Steps from a YAML or JSON file: quantisation, then sparsity; --output gets the whole model.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="DIR", rich_help_panel=_OUTPUT, help="New folder for the plan and its statistics."),
@@ -240,9 +248,36 @@ def compress(
     """
     Calibrate a model and save the plan: for every layer, the mode and the threshold.
 
-    MODEL is a local folder, a hub id (org/name), a .gguf file, or demo. Only the plan is saved, no weights.
+    MODEL is a local folder, a hub id (org/name), a .gguf file, or demo. Only the plan is saved, no weights; with
+    --recipe the model is saved with its new weights.
     """
     spec = None if sparsity is None else parse_sparsity(sparsity)
+    if recipe is not None:
+        needless = {
+            "--sparsity": spec is not None,
+            "--mode": mode is not None,
+            "--prune": prune is not None,
+            "--roles": roles is not None,
+            "--ignore": bool(ignore),
+            "--sequential": sequential,
+            "--plan": plan is not None,
+        }
+        if any(needless.values()):
+            given = ", ".join(name for name, present in needless.items() if present)
+            msg = f"{given} belongs into the recipe; leave out one of the two"
+            raise typer.BadParameter(msg, param_hint="--recipe")
+        steps = scap_nncf.load_recipe(recipe)
+        with _work(as_json) as out:
+            from scap_nncf.models import load_model
+            from scap_nncf.storage import check_target
+
+            if output is not None:
+                check_target(output, overwrite)
+            texts = _calibration_texts(calibration, text_field)
+            loaded, tokenizer = load_model(model, dtype.value, device, trust_remote_code)
+            batches = _batches(tokenizer, texts, length, samples, seed)
+            out.result(*apply_recipe(loaded, tokenizer, steps, batches, output, overwrite))
+        return
     if plan is not None:
         needless = {
             "--calibration": calibration != "builtin",
@@ -382,6 +417,9 @@ def demo(
     with _work(as_json) as out:
         result = run_demo(output, settings, model, overwrite=overwrite, console=out.console)
         out.result(asdict(result), None)
+
+
+app.command(name="export", context_settings=CONTEXT_SETTINGS, add_help_option=False)(export)
 
 
 # -- what commands share -----------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ import nncf
 import yaml
 from nncf.common.logging import nncf_logger
 
+from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import COMPRESSION_ALGORITHMS, CompressionBuilder, builder_for
 from scap_nncf.algorithms.data import Samples
 from scap_nncf.algorithms.quantization.config import describe
@@ -168,6 +169,9 @@ def _record(model: Any, builders: Sequence[CompressionBuilder]) -> None:
     steps = [{names[type(builder)]: describe(builder.config)} for builder in builders]
     made_by = {**controller.plan.made_by, "recipe": steps}
     controller.plan = dataclasses.replace(controller.plan, made_by=made_by)
+    note_plan = getattr(backend_of(model), "note_plan", None)
+    if note_plan is not None:  # an OpenVINO model carries its plan
+        note_plan(model, controller.plan)
 
 
 # -- from plain data to configuration objects --------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def backend_of(model: Any) -> Backend:
 
     :raises nncf.UnsupportedBackendError: neither a PyTorch module nor an OpenVINO model.
     """
-    if _is_optimum_model(model):
+    if is_optimum_model(model):
         from scap_nncf.algorithms.backends import openvino as openvino_backend
 
         return openvino_backend
@@ -127,7 +127,7 @@ def backend_of(model: Any) -> Backend:
     raise nncf.UnsupportedBackendError(msg)
 
 
-def _is_optimum_model(model: Any) -> bool:
+def is_optimum_model(model: Any) -> bool:
     """Whether this is a model object of Optimum-Intel, which holds OpenVINO models; without importing it."""
     modules = {kind.__module__ for kind in type(model).__mro__}
     return any(name.startswith("optimum.intel.openvino") for name in modules) and hasattr(model, "ov_models")

@@ -18,12 +18,12 @@ from nncf.common.logging import nncf_logger
 from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
 from nncf.common.utils.backend import BackendType, get_backend
 
-from scap_nncf.algorithms.backends import backend_of
+from scap_nncf.algorithms.backends import backend_of, is_optimum_model
 from scap_nncf.algorithms.base import COMPRESSION_ALGORITHMS, CompressionBuilder, builder_for
 from scap_nncf.algorithms.data import Samples
 from scap_nncf.algorithms.plan import Plan
 from scap_nncf.algorithms.quantization.config import Quantization, WeightCompression
-from scap_nncf.algorithms.quantization.snapshot import Snapshot
+from scap_nncf.algorithms.quantization.snapshot import Snapshot, graph_of, replace_graph
 from scap_nncf.algorithms.scap.controller import get_controller
 
 _MODES = nncf.CompressWeightsMode
@@ -50,13 +50,17 @@ class _QuantisationBuilder(CompressionBuilder):
 
     def build(self, model: Any, dataset: Any, tokenizer: Any = None) -> Any:
         """
-        Quantise.
+        Quantise. A PyTorch model is changed in place, as far as NNCF does so; an ``openvino.Model`` is cloned, and a
+        model object of Optimum-Intel gets the new graph.
 
         :param dataset: see :class:`scap_nncf.algorithms.data.Samples`; may be None where nothing has to be calibrated.
         :raises nncf.ParameterNotSupportedError: NNCF has no such setting for this kind of model.
         :raises nncf.ValidationError: bad settings or data.
         :raises nncf.InvalidGroupSizeError: the group size does not divide the width of a layer.
         """
+        if is_optimum_model(model):
+            replace_graph(model, self.build(graph_of(model), dataset, tokenizer))
+            return model
         kind = get_backend(model)
         if kind not in self.available_backends:
             msg = f"Quantisation steps support PyTorch modules and OpenVINO models, got {type(model).__name__}."
@@ -178,7 +182,7 @@ class WeightCompressionBuilder(_QuantisationBuilder):
                 **{name: getattr(config, name) or None for name in (*_TORCH_FLAGS, "gptq", "lora_correction")},
             )
         except nncf.InvalidGroupSizeError as error:
-            raise nncf.InvalidGroupSizeError(f"{error}\n{_undivided(model, config.group_size or 128)}") from error
+            raise nncf.InvalidGroupSizeError(f"{error}\n{_undivided(model, _group_size(config))}") from error
 
 
 @COMPRESSION_ALGORITHMS.register("quantization")
@@ -257,6 +261,12 @@ def _traced(model: Any, samples: list[Any] | None) -> Any:
     with evaluation(model):  # NNCF's own message for inputs that do not fit is a long trace
         forward_sample(model, sample, "the model's dummy inputs" if samples is None else "the first sample")
     return nncf.torch.wrap_model(model, example_input=sample, trace_parameters=True)
+
+
+def _group_size(config: WeightCompression) -> int:
+    """What NNCF takes where the user says nothing."""
+    fixed = {_MODES.MXFP4: 32, _MODES.MXFP8_E4M3: 32, _MODES.NVFP4: 16}
+    return config.group_size or fixed.get(config.mode, 128)  # type: ignore[call-overload]
 
 
 def _undivided(model: Any, group_size: int) -> str:

@@ -11,21 +11,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from nncf.common.utils.backend import BackendType, get_backend
 from torch import nn
+
+from scap_nncf.algorithms.backends import is_optimum_model
 
 _WRAPPED_ATTRIBUTES = ("forward", "_replicate_for_data_parallel")
 
 
 class Snapshot:
     """
-    The state of a model before compression. OpenVINO models are cloned instead, so there is nothing to keep.
+    The state of a model before compression. OpenVINO models are cloned instead, so there is nothing to keep, except for
+    the graph that a model object of Optimum-Intel holds.
 
-    :param model: a PyTorch module or an OpenVINO model.
+    :param model: a PyTorch module, an OpenVINO model, or a model object of Optimum-Intel.
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model if get_backend(model) == BackendType.TORCH else None
+        self._model = model if isinstance(model, nn.Module) else None
+        self._holder = model if is_optimum_model(model) else None
+        if self._holder is not None:
+            self._graph = graph_of(model)
         if self._model is None:
             return
         self._parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
@@ -34,6 +39,8 @@ class Snapshot:
 
     def restore(self) -> None:
         """Make the model what it was."""
+        if self._holder is not None and graph_of(self._holder) is not self._graph:
+            replace_graph(self._holder, self._graph)
         if self._model is None:
             return
         model, before = self._model, self._hooks
@@ -54,6 +61,19 @@ class Snapshot:
             for name in now:
                 if name not in before:
                     storage.delete_hook(name)
+
+
+def graph_of(model: Any) -> Any:
+    """The OpenVINO model of a model object of Optimum-Intel."""
+    from scap_nncf.algorithms.backends.openvino.layers import ir_of
+
+    return ir_of(model)
+
+
+def replace_graph(model: Any, graph: Any) -> None:
+    """Give a model object of Optimum-Intel another OpenVINO model; it compiles again at the next call."""
+    model.replace_ov_model(graph_of(model), graph)
+    model.clear_requests()
 
 
 def _storage(model: nn.Module) -> Any:
