@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops, reference
+from .packing import Int4Weight, Int8Weight, QuantWeight
+from .reference import quantized
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ class Projection(nn.Module):
         """Follow the layers after new values were written into their parameters."""
         self.bias = joined_bias([part.module for part in self.parts], self.segments, self._dtype())
         self.refresh_bias()
+
+    def check_loadable(self) -> None:
+        """
+        :raises ValueError: new values in the layers' parameters would not reach the kernels.
+        """
 
     def _dtype(self) -> torch.dtype:
         raise NotImplementedError
@@ -284,6 +291,87 @@ class FloatProjection(Projection):
         return run.sparse_glu(x, self.weight, gate, up, self.mode, self.activation, self.fused_bias, **options)
 
 
+class PackedProjection(Projection):
+    """
+    A projection over 8- or 4-bit weights, packed input channel by input channel (see :mod:`.packing`).
+
+    The layers' own packed parameters are not views of this; whoever builds it puts them away.
+
+    :param weight: the weights of all parts side by side.
+    :param input_scale: factor of the input [K] that belongs to the weights (AWQ); applied after pruning, as NNCF does.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    input_scale: torch.Tensor | None
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        mode: float,
+        weight: QuantWeight,
+        input_scale: torch.Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(parts, mode, None, **options)
+        self.bits, self.weight_dtype, self.in_features = weight.bits, weight.dtype, weight.in_features
+        for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero", weight.zero)):
+            self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer("input_scale", input_scale, persistent=False)
+        self.reload()
+
+    def _dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def _weight(self) -> QuantWeight:
+        kind = {8: Int8Weight, 4: Int4Weight}[self.bits]
+        return kind(self.packed, self.scale, self.zero, self.weight_dtype)
+
+    def refresh_bias(self) -> None:
+        self.fused_bias = self.bias
+        if self.mode != 0.0:
+            weight = self._weight()
+            if self.input_scale is None:
+                sums = weight.colsum()
+            else:
+                sums = self.input_scale.double() @ weight.dequantize(torch.float64)
+            bias = 0.0 if self.bias is None else self.bias.double()
+            self.fused_bias = (self.mode * sums + bias).float()
+
+    def check_loadable(self) -> None:
+        msg = "The packed weights of a deployed model cannot be replaced; undeploy it, load them, and deploy again."
+        raise ValueError(msg)
+
+    def release(self) -> None:
+        """Nothing: the layers kept their packed weights."""
+
+    def _dense(self, x: torch.Tensor) -> torch.Tensor:
+        if self.input_scale is not None:
+            x = x * self.input_scale.to(x.dtype)
+        keep = [-1.0] * len(self.segments)
+        return self._fc(x, keep, 0.0, self.bias)
+
+    def _fc(self, x: torch.Tensor, thresholds: list[float], mode: float, bias: torch.Tensor | None) -> torch.Tensor:
+        run = quantized if self.use_reference else ops
+        args = (x, self.packed, self.scale, self.zero, self.bits, thresholds, self.segments, mode, bias)
+        return run.sparse_fc_quant(*args) if self.use_reference else run.sparse_fc_quant(*args, sparsity=self.sparsity)
+
+    def _sparse(self, x: torch.Tensor) -> torch.Tensor:
+        thresholds, mode = self.thresholds, self.mode
+        if self.input_scale is not None:  # parts with a factor come alone
+            z = reference.prune(x, mode, thresholds[0]) if self.use_reference else ops.prune(x, mode, thresholds[0])
+            x, mode = z * self.input_scale.to(x.dtype), 0.0
+            thresholds = [0.0 if thresholds[0] >= 0 else -1.0]
+        if self.activation is None:
+            return self._fc(x, thresholds, mode, self.fused_bias)
+        run = quantized if self.use_reference else ops
+        options = {} if self.use_reference else {"sparsity": self.sparsity}
+        gate, up = thresholds[0], thresholds[-1]
+        packed = (self.packed, self.scale, self.zero, self.bits)
+        return run.sparse_glu_quant(x, *packed, gate, up, mode, self.activation, self.fused_bias, **options)
+
+
 class _Handover:
     """
     What layers of one projection pass on within one step: the first that sees a tensor computes for all.
@@ -359,6 +447,7 @@ class DeployedLinear(nn.Module):
         self._original[0]._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._shared[0].check_loadable()
         self._original[0]._load_from_state_dict(state_dict, prefix, *args)  # in place: the projection sees it
         self._shared[0].reload()
 
@@ -391,6 +480,7 @@ class DeployedGlu(nn.Module):
             part.module._save_to_state_dict(destination, f"{prefix}{name}.", keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.gate_up.check_loadable()
         for name, part in zip(self._names, self.gate_up.parts):
             part.module._load_from_state_dict(state_dict, f"{prefix}{name}.", *args)
         self.gate_up.reload()

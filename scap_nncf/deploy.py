@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,12 +22,23 @@ from nncf.common.logging import nncf_logger
 from nncf.common.utils.helpers import create_table
 from torch import nn
 
+from scap_nncf.algorithms.backends.torch.discover import inspect_model
+from scap_nncf.algorithms.backends.torch.layers import fc_shape
 from scap_nncf.algorithms.backends.torch.prune import DEPLOYMENT, Pruner, named_pruners
 from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan
 from scap_nncf.algorithms.scap.controller import get_controller
-from scap_nncf.algorithms.sites import LeftOut
+from scap_nncf.algorithms.sites import LeftOut, Site
 from scap_nncf.kernels import gated
-from scap_nncf.kernels.modules import DeployedGlu, FloatProjection, Part, Projection, deployed_layers
+from scap_nncf.kernels.modules import (
+    DeployedGlu,
+    FloatProjection,
+    PackedProjection,
+    Part,
+    Projection,
+    deployed_layers,
+)
+from scap_nncf.kernels.packing import QuantWeight, concatenate_outputs
+from scap_nncf.packed_weights import CannotTakeOver, PackedEmbedding, TakenOver, take_over
 
 TModel = TypeVar("TModel")
 
@@ -46,13 +57,16 @@ def deploy(model: TModel, backend: str = "triton", *, counters: bool = False) ->
     differ by rounding alone. It works with ``generate`` (dynamic and static caches, beams, assisted decoding), under
     ``torch.compile`` and in CUDA graphs. It is for inference: no gradients.
 
-    - Layers of a site run as one launch; a feed-forward ``down(act(gate(x)) * up(x))`` is recognised by what it
-      computes and runs as two.
+    - Layers of a site run as one launch, those that the plan leaves dense included; a feed-forward
+      ``down(act(gate(x)) * up(x))`` is recognised by what it computes and runs as two.
     - Weights are moved, not copied: beside the model there is never more than a second copy of the layers of one site,
       and none afterwards. Move the model to its device before; moving or casting it later works too.
     - ``state_dict`` keeps names and shapes, and ``save_pretrained`` of transformers models saves the dense weights as
       before. The plan is saved by the controller.
     - Layers that no kernel serves stay simulated, and one warning says which and why.
+    - Models compressed by ``nncf.compress_weights`` (8 and 4 bits, AWQ included) are taken over as a whole: kernels
+      read the packed weights, layers outside of the plan included, and NNCF's function mode, which slows every
+      operation down, is off. The layers' own packed weights wait on the CPU for ``undeploy``.
 
     .. code-block:: python
 
@@ -256,6 +270,7 @@ class Deployment:
     projections: list[Projection] = field(default_factory=list)
     swaps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)  # parent, child name, what was there
     left: list[LeftOut] = field(default_factory=list)
+    taken: TakenOver | None = None
     decode_only: bool = False
 
     def __repr__(self) -> str:
@@ -271,6 +286,9 @@ class Deployment:
 
     def undo(self) -> None:
         """Put everything back as it was."""
+        if self.taken is not None:
+            self.taken.restore()
+            self.taken = None
         while self.swaps:
             parent, child, original = self.swaps.pop()
             original.train(parent.training)
@@ -310,54 +328,184 @@ class Deployment:
 def _replace_layers(deployment: Deployment, plan: Plan) -> None:
     model = deployment.model
     deployment.decode_only = plan.prune == "decode"
-    reasons: dict[str, str] = {}
-    for layer in plan.layers:
-        reason = _unsupported(model.get_submodule(layer.name))
-        if reason is not None:
-            reasons[layer.name] = reason
-            deployment.left.append(LeftOut(layer.name, type(model.get_submodule(layer.name)).__name__, reason))
+    reasons = {layer.name: _unsupported(model.get_submodule(layer.name)) for layer in plan.layers}
+    try:
+        weights = _take_over(deployment)
+        reasons |= {name: None for name in weights if name in reasons}
+    except CannotTakeOver as error:
+        deployment.undo()
+        weights = {}
+        reasons = dict.fromkeys(reasons, f"NNCF compressed the model, and no kernel serves {error}")
+    deployment.left = [
+        LeftOut(name, type(model.get_submodule(name)).__name__, reason)
+        for name, reason in reasons.items()
+        if reason is not None
+    ]
+    layers = _Layers(deployment, weights)
     standins: dict[str, nn.Module] = {}
     gated_parents: list[tuple[str, gated.GatedFeedForward, Projection]] = []
-    for site in plan.sites:
-        layers = [layer for layer in site.layers if layer.name not in reasons]
-        for parent, found, inputs in _gated_of(model, layers):
-            projection = _project(deployment, site, inputs, found.activation)
-            gated_parents.append((parent, found, projection))
-            layers = [layer for layer in layers if layer not in inputs]
-        for group in _groups(model, site, layers):
-            projection = _project(deployment, site, group, None)
-            names = [layer.name for layer in group]
-            standins.update(zip(names, deployed_layers(projection), strict=True))
+    for site in _with_dense_layers(model, plan, weights):
+        names = [layer for layer in site.layers if reasons.get(layer.name) is None]
+        for parent, found, inputs in layers.gated(site, names):
+            gated_parents.append((parent, found, layers.project(site, inputs, found.activation)))
+            names = [layer for layer in names if layer not in inputs]
+        for group in layers.groups(site, names):
+            if len(group) == 1 and group[0].threshold < 0 and group[0].name not in weights:
+                continue  # a dense layer by itself gains nothing
+            projection = layers.project(site, group, None)
+            standins.update(zip([layer.name for layer in group], deployed_layers(projection), strict=True))
     for parent, found, projection in gated_parents:
         name = f"{parent}.{found.down}"
         down = standins.pop(name, None) or model.get_submodule(name)
         deployment.replace(parent, DeployedGlu(projection, found.inputs, down, found.down))
     for name, module in standins.items():
         deployment.replace(name, module)
+    if deployment.taken is not None:
+        deployment.taken.bypass()
 
 
-def _project(deployment: Deployment, site: SitePlan, layers: Sequence[LayerPlan], activation: str | None) -> Projection:
-    parts = [
-        Part(
-            layer.name,
-            deployment.model.get_submodule(layer.name),
-            layer.out_features,
-            layer.threshold,
-            layer.sparsity if layer.threshold >= 0 else 0.0,
+def _take_over(deployment: Deployment) -> dict[str, QuantWeight]:
+    """Packed weights of all layers that NNCF compressed; its compressed embeddings are replaced."""
+    model = deployment.model
+    deployment.taken = taken = take_over(model)
+    if taken is None:
+        return {}
+    for name in taken.layers:
+        reason = _unsupported_module(model.get_submodule(name))
+        if reason is not None:
+            msg = f"{name}: {reason}"
+            raise CannotTakeOver(msg)
+    for name, decompressor in taken.embeddings.items():
+        deployment.replace(name, PackedEmbedding(model.get_submodule(name), decompressor))
+    taken.pack()
+    return taken.weights
+
+
+def _with_dense_layers(model: nn.Module, plan: Plan, weights: Mapping[str, QuantWeight]) -> list[SitePlan]:
+    """
+    The sites of the plan, and the layers that it leaves dense where they gain as well: those that read one tensor run
+    as one launch, and compressed ones read packed weights.
+    """
+    planned = {layer.name for layer in plan.layers}
+    found: dict[str, SitePlan] = {}  # by the name of a planned layer, or of the first layer
+    sites = {layer.name: site for site in plan.sites for layer in site.layers}
+    result: list[SitePlan] = []
+    for site in _sites_of(model):
+        dense = tuple(
+            LayerPlan(layer.name, layer.role, layer.in_features, layer.out_features, -1.0, 0.0)
+            for layer in site.layers
+            if layer.name not in planned
+            and (layer.name in weights or _unsupported(model.get_submodule(layer.name)) is None)
         )
-        for layer in layers
-    ]
-    projection = FloatProjection(
-        parts,
-        _mode(site, layers[0]),
-        activation=activation,
-        decode_only=deployment.decode_only,
-        use_reference=deployment.backend == "reference",
-    )
-    projection.enabled = all(pruner.enabled for part in parts for _, pruner in named_pruners(part.module))
-    deployment.projections.append(projection)
-    _free_cached_memory(deployment.model)
-    return projection
+        owner = next((sites[layer.name] for layer in site.layers if layer.name in planned), None)
+        if not dense:
+            continue
+        if owner is None:
+            result.append(SitePlan(dense[0].name, site.block, 0.0, "zero", dense))
+        else:
+            found[owner.name] = replace(owner, layers=(*owner.layers, *dense))
+    covered = planned | {layer.name for site in (*result, *found.values()) for layer in site.layers}
+    for name, weight in weights.items():  # outside of the blocks
+        if name not in covered:
+            layer = LayerPlan(name, "", weight.in_features, weight.out_features, -1.0, 0.0)
+            result.append(SitePlan(name, None, 0.0, "zero", (layer,)))
+    return [found.get(site.name, site) for site in plan.sites] + result
+
+
+def _sites_of(model: nn.Module) -> tuple[Site, ...]:
+    """All sites of the model's blocks; none where the model cannot be run without the user's data."""
+    pruners = [(pruner, pruner.enabled) for _, pruner in named_pruners(model)]
+    try:
+        for pruner, _ in pruners:
+            pruner.enabled = False  # the watched pass is not counted
+        return inspect_model(model).sites
+    except nncf.ValidationError as error:
+        nncf_logger.debug(f"deploy: dense layers are not fused: {error}")
+        return ()
+    finally:
+        for pruner, enabled in pruners:
+            pruner.enabled = enabled
+
+
+@dataclass
+class _Layers:
+    """Groups layers that can share a launch, and makes their projections."""
+
+    deployment: Deployment
+    weights: dict[str, QuantWeight]  # of compressed layers, until their projection is made
+
+    def project(self, site: SitePlan, layers: Sequence[LayerPlan], activation: str | None) -> Projection:
+        """One projection over these layers; their weights move there."""
+        model, deployment = self.deployment.model, self.deployment
+        parts = [
+            Part(
+                layer.name,
+                model.get_submodule(layer.name),
+                layer.out_features,
+                layer.threshold,
+                layer.sparsity if layer.threshold >= 0 else 0.0,
+            )
+            for layer in layers
+        ]
+        mode = _mode(site, layers[0])
+        options: dict[str, Any] = {
+            "activation": activation,
+            "decode_only": deployment.decode_only,
+            "use_reference": deployment.backend == "reference",
+        }
+        projection: Projection
+        if layers[0].name in self.weights:
+            weights = [self.weights.pop(layer.name) for layer in layers]
+            weight = weights[0] if len(weights) == 1 else concatenate_outputs(weights)
+            projection = PackedProjection(parts, mode, weight, self._scales().get(layers[0].name), **options)
+        else:
+            projection = FloatProjection(parts, mode, **options)
+        pruners = [pruner for part in parts for _, pruner in named_pruners(part.module)]
+        projection.enabled = all(pruner.enabled for pruner in pruners)
+        deployment.projections.append(projection)
+        _free_cached_memory(model)
+        return projection
+
+    def groups(self, site: SitePlan, layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
+        """Layers of a site that can share a launch."""
+        groups: dict[tuple[Any, ...], list[LayerPlan]] = {}
+        for layer in layers:
+            groups.setdefault((_mode(site, layer), *self._kind(layer)), []).append(layer)
+        yield from groups.values()
+
+    def gated(
+        self, site: SitePlan, layers: Sequence[LayerPlan]
+    ) -> Iterator[tuple[str, gated.GatedFeedForward, list[LayerPlan]]]:
+        """Gated feed-forwards whose first layers are among these: name, description, these layers as gate, up."""
+        model = self.deployment.model
+        by_parent: dict[str, dict[str, LayerPlan]] = {}
+        for layer in layers:
+            parent, _, child = layer.name.rpartition(".")
+            by_parent.setdefault(parent, {})[child] = layer
+        for parent, children in by_parent.items():
+            if not parent:
+                continue  # the model itself cannot be replaced
+            module = model.get_submodule(parent)
+            candidates = [name for name, child in module.named_children() if fc_shape(child) is not None]
+            found = gated.recognise(module, candidates)
+            if found is None or any(name not in children for name in found.inputs) or found.down in children:
+                continue
+            inputs = [children[name] for name in found.inputs]
+            kinds = {(_mode(site, layer), layer.out_features, *self._kind(layer)) for layer in inputs}
+            if len(kinds) == 1 and inputs[0].name not in self._scales():
+                yield parent, found, inputs
+
+    def _kind(self, layer: LayerPlan) -> tuple[Any, ...]:
+        if layer.name in self.weights:
+            weight = self.weights[layer.name]
+            zero = None if weight.zero is None else weight.zero.is_floating_point()
+            # a factor of the input belongs to one layer
+            return weight.bits, weight.group, zero, layer.name if layer.name in self._scales() else None
+        parameter = self.deployment.model.get_submodule(layer.name).weight
+        return parameter.dtype, parameter.device
+
+    def _scales(self) -> Mapping[str, torch.Tensor]:
+        return self.deployment.taken.scales if self.deployment.taken is not None else {}
 
 
 def _mode(site: SitePlan, layer: LayerPlan) -> float:
@@ -365,55 +513,11 @@ def _mode(site: SitePlan, layer: LayerPlan) -> float:
     return site.mode if layer.threshold >= 0 else 0.0
 
 
-def _groups(model: nn.Module, site: SitePlan, layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """Layers of a site that can share a launch."""
-    groups: dict[tuple[Any, ...], list[LayerPlan]] = {}
-    for layer in layers:
-        groups.setdefault(_kind(model, site, layer), []).append(layer)
-    yield from groups.values()
-
-
-def _kind(model: nn.Module, site: SitePlan, layer: LayerPlan) -> tuple[Any, ...]:
-    weight = model.get_submodule(layer.name).weight
-    return _mode(site, layer), weight.dtype, weight.device
-
-
-def _gated_of(
-    model: nn.Module, layers: Sequence[LayerPlan]
-) -> Iterator[tuple[str, gated.GatedFeedForward, list[LayerPlan]]]:
-    """Gated feed-forwards whose first layers are among these: name, description, and these layers as gate, up."""
-    by_parent: dict[str, dict[str, LayerPlan]] = {}
-    for layer in layers:
-        parent, _, child = layer.name.rpartition(".")
-        by_parent.setdefault(parent, {})[child] = layer
-    for parent, children in by_parent.items():
-        if not parent:
-            continue  # the model itself cannot be replaced
-        module = model.get_submodule(parent)
-        candidates = [name for name, child in module.named_children() if _is_fc(child)]
-        found = gated.recognise(module, candidates)
-        if found is None or any(name not in children for name in found.inputs) or found.down in children:
-            continue
-        inputs = [children[name] for name in found.inputs]
-        kinds = {(layer.threshold >= 0, *_shape_and_kind(model.get_submodule(layer.name))) for layer in inputs}
-        if len(kinds) == 1:
-            yield parent, found, inputs
-
-
-def _shape_and_kind(module: nn.Module) -> tuple[Any, ...]:
-    return tuple(module.weight.shape), module.weight.dtype, module.weight.device  # type: ignore[union-attr]
-
-
-def _is_fc(module: nn.Module) -> bool:
-    from scap_nncf.algorithms.backends.torch.layers import fc_shape
-
-    return fc_shape(module) is not None
-
-
 def _unsupported(module: nn.Module) -> str | None:
-    """Why no kernel serves a layer, or None."""
-    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
-        return f"no kernel for {type(module).__name__}"
+    """Why no kernel serves a layer with floating-point weights, or None."""
+    reason = _unsupported_module(module)
+    if reason is not None:
+        return reason
     weight = module._parameters.get("weight")
     if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
         return f"its weight is {'computed' if weight is None else type(weight.data).__name__}, not a plain parameter"
@@ -423,13 +527,20 @@ def _unsupported(module: nn.Module) -> str | None:
         return "its weights are offloaded"
     if weight.is_cuda and weight.dtype == torch.float64:
         return "no GPU kernel for float64"
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and not _is_linear(module):
+        return f"{type(module).__name__} computes something else than x @ W + b"
+    return None
+
+
+def _unsupported_module(module: nn.Module) -> str | None:
+    """Why a layer cannot be replaced, whatever its weights are, or None."""
+    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+        return f"no kernel for {type(module).__name__}"
     if "forward" in module.__dict__:
         return "its forward is patched (offloading or another tool)"
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     if any(not isinstance(getattr(hook, "__self__", None), Pruner) for hook in hooks):
         return "it has forward hooks of others"
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and not _is_linear(module):
-        return f"{type(module).__name__} computes something else than x @ W + b"
     return None
 
 
@@ -475,6 +586,9 @@ def _free_cached_memory(model: nn.Module) -> None:
 
 
 def _save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if deployment_of(model).taken is not None:
+        msg = "A deployed model with compressed weights cannot be saved; save it after scap_nncf.undeploy(model)."
+        raise nncf.ValidationError(msg)
     if kwargs.get("state_dict") is None:
         # safetensors takes neither views of shared memory nor transposed ones
         kwargs["state_dict"] = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}

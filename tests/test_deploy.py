@@ -138,7 +138,8 @@ def test_thresholds_of_their_own_and_layers_that_keep_everything() -> None:
     deploy(model)
     torch.testing.assert_close(logits(model, batch), expected, atol=1e-5, rtol=1e-5)
     attention = model.model.layers[0].self_attn
-    assert type(attention.v_proj) is nn.Linear
+    # v is not centred as q and k are, and a dense launch of its own would gain nothing
+    assert [type(layer) for layer in (attention.v_proj, attention.o_proj)] == [nn.Linear] * 2
     assert len(set(attention.q_proj.projection.thresholds)) == 2
 
 
@@ -350,6 +351,27 @@ def test_launches_are_fused() -> None:
     assert len(deployment_of(model).projections) == 2 * 4  # qkv, o, gate|up, down
 
 
+def test_dense_layers_that_read_one_tensor_are_fused_too() -> None:
+    model = sparse_model("qwen2", sparsity={"ffn": 0.5})
+    batch = fresh_batch()
+    controller = scap_nncf.get_controller(model)
+    controller.reset_counters()
+    expected = logits(model, batch)
+    counted = controller.statistics().layers
+    deploy(model, counters=True)
+    attention = model.model.layers[1].self_attn
+    assert attention.q_proj.projection.thresholds == [-1.0] * 3
+    assert type(attention.o_proj) is nn.Linear
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-5, rtol=1e-5)
+    assert {layer.role for layer in drift(model, bound=1.0).layers} == {"gate", "up", "down"}
+    undeploy(model)
+    assert controller.statistics().layers == counted  # what deploy ran to find them was not counted
+    # a layer that the plan leaves dense beside sparse ones joins their launch
+    other = deploy(sparse_model("llama", sparsity={"q": 0.5, "gate": 0.4}, mode="zero"))
+    assert other.model.layers[0].self_attn.v_proj._shared[0].thresholds[1:] == [-1.0, -1.0]
+    assert other.model.layers[0].mlp.gate_up.thresholds[1] == -1.0
+
+
 class _Mlp(nn.Module):
     def __init__(self, forward: str) -> None:
         super().__init__()
@@ -439,7 +461,7 @@ def test_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
     model = sparse_model("llama")
     batch = fresh_batch()
     expected = logits(model, batch)
-    made = module._project
+    made = module._Layers.project
     count = []
 
     def failing(*args: Any) -> Any:
@@ -448,7 +470,7 @@ def test_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
             raise torch.OutOfMemoryError("no memory")
         return made(*args)
 
-    monkeypatch.setattr(module, "_project", failing)
+    monkeypatch.setattr(module._Layers, "project", failing)
     with pytest.raises(torch.OutOfMemoryError):
         deploy(model)
     assert not is_deployed(model)
