@@ -31,6 +31,12 @@ def save_openvino(model: Any, folder: str | os.PathLike[str], *, overwrite: bool
     :raises nncf.ValidationError: the folder is not empty or cannot be written.
     """
     openvino = require("openvino", "openvino", "saving OpenVINO models")
+    if not isinstance(model, openvino.Model):
+        msg = (
+            f"save_openvino takes an openvino.Model, got {type(model).__name__}; for PyTorch models there is "
+            "export_openvino, for model objects of Optimum-Intel scap_nncf.optimum.save_pretrained."
+        )
+        raise nncf.ValidationError(msg)
     controller = get_controller(model)
     with new_folder(folder, overwrite) as partial:
         # thresholds are float32: halved, other values would be dropped than those that were calibrated
