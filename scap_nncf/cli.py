@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -589,6 +590,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :return: the exit code.
     """
     _State.debug = False
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller's own affair
+        # so that a half-written folder goes when the command is ended from outside
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         app(args=None if arguments is None else list(arguments), prog_name="scap-nncf")
     except SystemExit as leave:
@@ -603,6 +607,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"scap-nncf: error: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _terminated(*_: Any) -> None:
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _one_line(error: Exception) -> str:

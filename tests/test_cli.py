@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -307,6 +308,20 @@ def test_read_only_output(run, monkeypatch, tmp_path, tiny_model_dir, text_file)
     code, _, err = run("compress", tiny_model_dir, "--calibration", text_file, "--output", tmp_path / "plan")
     assert code == 1
     assert "cannot be written: Permission denied" in _error(err)
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_ended_from_outside(run, monkeypatch, tmp_path, tiny_model_dir, text_file, stop, expected):
+    """Nothing half-written stays."""
+    monkeypatch.setattr(scap_nncf, "compress", lambda *_, **__: signal.raise_signal(stop))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, out, err = run("compress", tiny_model_dir, "--calibration", text_file, "--output", tmp_path / "plan")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (code, out) == (expected, "")
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_debug_shows_the_traceback(tiny_model_dir):
