@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _BINS = 240
 # The tails reach tens of standard deviations; this share of the values shows the part where η and τ lie.
 _SHOWN = 0.98
+_TINY = float(np.finfo(np.float32).tiny)
 _DENSITY, _DROPPED, _MODE, _THRESHOLD = "#30475e", "#f2c6b4", "#1a936f", "#c8553d"
 
 
@@ -90,7 +91,7 @@ def _kind(site: SitePlan) -> str:
 def _draw(axes: Any, site: SitePlan, histogram: ActivationHistogram) -> None:
     thresholds = sorted({layer.threshold for layer in site.layers})
     # a site that is constant has no width: the smallest positive number keeps the axis from collapsing
-    reach = float(max(histogram.quantile(_SHOWN, site.mode), 1.25 * max(thresholds), np.finfo(np.float32).tiny))
+    reach = max(histogram.quantile(_SHOWN, site.mode), 1.25 * max(thresholds), _TINY)
     edges = np.linspace(site.mode - reach, site.mode + reach, _BINS + 1)
     density = histogram.density(edges) / np.diff(edges)
     # bins without a value would break the line on a logarithmic axis
