@@ -92,6 +92,7 @@ def sparse_quant_batch_kernel(
     CENTRED: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,  # multiply in float32: the interpreter has no bfloat16 product
     PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -171,7 +172,7 @@ def sparse_quant_batch_kernel(
         )
         if ZERO != 0:
             zsum += tl.sum(z, 1)
-        zx = z.to(x_ptr.dtype.element_ty)
+        zx = z if WIDE else z.to(x_ptr.dtype.element_ty)
         if BITS == 4:
             a0, a1, a2, a3, a4, a5, a6, a7 = _unpack_int4(w, PTX)
             c4 = _dot(zx, a4, c4, PRECISION)

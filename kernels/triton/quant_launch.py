@@ -185,6 +185,7 @@ def launch_sparse_quant(
                 BLOCK_M=16,
                 STAGES=tile.stages,
                 PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee",
+                WIDE=interpreted(),
                 **common,
             )
     return y
