@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ops, reference
+from . import ops, quant_ops, reference
 from .packing import Int4Weight, Int8Weight, QuantWeight
 from .reference import quantized
 
@@ -353,7 +353,7 @@ class PackedProjection(Projection):
         return self._fc(x, keep, 0.0, self.bias)
 
     def _fc(self, x: torch.Tensor, thresholds: list[float], mode: float, bias: torch.Tensor | None) -> torch.Tensor:
-        run = quantized if self.use_reference else ops
+        run = quantized if self.use_reference else quant_ops
         args = (x, self.packed, self.scale, self.zero, self.bits, thresholds, self.segments, mode, bias)
         return run.sparse_fc_quant(*args) if self.use_reference else run.sparse_fc_quant(*args, sparsity=self.sparsity)
 
@@ -365,7 +365,7 @@ class PackedProjection(Projection):
             thresholds = [0.0 if thresholds[0] >= 0 else -1.0]
         if self.activation is None:
             return self._fc(x, thresholds, mode, self.fused_bias)
-        run = quantized if self.use_reference else ops
+        run = quantized if self.use_reference else quant_ops
         options = {} if self.use_reference else {"sparsity": self.sparsity}
         gate, up = thresholds[0], thresholds[-1]
         packed = (self.packed, self.scale, self.zero, self.bits)

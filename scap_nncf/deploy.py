@@ -441,7 +441,8 @@ class _Layers:
             Part(
                 layer.name,
                 model.get_submodule(layer.name),
-                layer.out_features,
+                # a plan made on a packed transposed weight does not know its width
+                self.weights[layer.name].out_features if layer.name in self.weights else layer.out_features,
                 layer.threshold,
                 layer.sparsity if layer.threshold >= 0 else 0.0,
             )
