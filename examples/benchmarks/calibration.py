@@ -3,7 +3,7 @@
 What calibration is worth, on real weights: exactness, order, cost, perplexity, and NNCF's own sparsifier beside it.
 
     python examples/benchmarks/calibration.py quantiles --calibration TEXTS --output results.json
-    python examples/benchmarks/calibration.py {order,cost,exact,perplexity,nncf} ...
+    python examples/benchmarks/calibration.py {order,cost,exact,perplexity,allocation,nncf} ...
 
 TEXTS and --text are .txt or .jsonl files (also .gz); by default the text that ships with Python. Results are added to
 the JSON file under the name of the part, with the command that made them.
@@ -77,14 +77,18 @@ def quantiles(args: argparse.Namespace) -> dict[str, Any]:
     batches = _batches(args, tokenizer)
     statistics = scap_nncf.calibrate(model, dataset=batches)
     worst = {"threshold": (0.0, ""), "realised": (0.0, "")}
-    for site in statistics.sites:
-        values: list[torch.Tensor] = []
-        handle = model.get_submodule(site.name).register_forward_pre_hook(
+    collected: dict[str, list[torch.Tensor]] = {site.name: [] for site in statistics.sites}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
             lambda _m, a, values=values: values.append(a[0].detach().reshape(-1))
         )
-        _plain(model, batches)
+        for name, values in collected.items()
+    ]
+    _plain(model, batches)
+    for handle in handles:
         handle.remove()
-        x = torch.cat(values).double().numpy()
+    for site in statistics.sites:
+        x = torch.cat(collected.pop(site.name)).double().numpy()
         histogram = statistics.histograms[site.name]
         for method in ("zero", "median", "kde"):
             mode = {"zero": lambda: 0.0, "median": histogram.median, "kde": histogram.kde_mode}[method]()
@@ -247,6 +251,37 @@ def perplexities(args: argparse.Namespace) -> dict[str, Any]:
     return {"tokens": len(ids), "context": args.context, "calibration_samples": len(batches), "rows": rows}
 
 
+def allocations(args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity at the same budget, spread over the layers in three ways."""
+    model, tokenizer = load_model(args.model, dtype=torch.float32)
+    ids = token_ids(tokenizer, read_texts(args.text) if args.text else builtin_text("held_out"))[: args.tokens]
+    batches = _batches(args, tokenizer)
+    start = time.perf_counter()
+    scap_nncf.compress(model, dataset=batches, sparsity=0.5, allocation="fisher", subset_size=None)
+    seconds = time.perf_counter() - start
+    controller = scap_nncf.get_controller(model)
+    rows = []
+    for sparsity in (0.4, 0.5):
+        for allocation in ("uniform", "profile", "fisher"):
+            controller.set_sparsity(sparsity, allocation=allocation)
+            controller.reset_counters()
+            value = perplexity(model, ids, args.context).perplexity
+            statistics = controller.statistics()
+            row = {"sparsity": sparsity, "allocation": allocation, "perplexity": value}
+            row["realised"] = statistics.realised_sparsity
+            row["sparsity by role"] = {role.role: role.sparsity for role in statistics.roles()}
+            rows.append(row)
+            print(row, file=sys.stderr)
+    return {
+        "tokens": len(ids),
+        "context": args.context,
+        "calibration_samples": len(batches),
+        "priced_tokens": controller.calibration.costs.tokens,
+        "calibration_and_pricing_seconds": seconds,
+        "rows": rows,
+    }
+
+
 def against_nncf(args: argparse.Namespace) -> dict[str, Any]:
     """NNCF's experimental sparsify_activations on the same model, data and scopes; and its three failures."""
     from nncf.experimental.torch.sparsify_activations import TargetScope, sparsify_activations
@@ -382,6 +417,7 @@ PARTS = {
     "cost": cost,
     "exact": exact,
     "perplexity": perplexities,
+    "allocation": allocations,
     "nncf": against_nncf,
 }
 
