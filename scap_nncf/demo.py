@@ -49,7 +49,7 @@ class DemoSettings:
     prompt: str = "Why is the sky blue? Explain it in a few sentences."
 
 
-# The paper's order: the input of down bears most, attention least. A model of 135 M has less to spare than a 7B one.
+# As in the paper, down bears more than gate and up. A model of 135 M has less to spare than a 7B one.
 DEFAULT = DemoSettings(sparsity={"attn": 0.3, "gate": 0.35, "up": 0.35, "down": 0.5})
 SHORT = replace(DEFAULT, samples=12, evaluation_tokens=1536, new_tokens=24)
 
