@@ -23,6 +23,8 @@ import nncf
 import torch
 from torch import nn
 
+from scap_nncf.algorithms.backends.torch.layers import shapes_of
+from scap_nncf.algorithms.plan import Plan, block_index
 from scap_nncf.bench_report import DecodeResult, DecodeRow, MemoryRow, PrefillRow
 from scap_nncf.extras import require
 
@@ -251,6 +253,7 @@ def run(
     sparse_modes: Sequence[str] = ("compiled",),
     prefill: int | None = 2048,
     backend: str = "triton",
+    bits: int | None = None,
     log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> DecodeResult:
     """
@@ -269,6 +272,8 @@ def run(
     :param sparse_modes: which to time for the sparse ones.
     :param prefill: prompt length for the time to first token at batch 1; None leaves it out.
     :param backend: of :func:`scap_nncf.deploy`.
+    :param bits: 4 or 8: weights of the blocks compressed, by NNCF for the sparse models, and for the dense one as
+        :mod:`scap_nncf.bench_lowbit` says (4 bits: bfloat16 only).
     :raises nncf.ValidationError: unknown shape or mode.
     """
     unknown = [mode for mode in (*dense_modes, *sparse_modes) if mode not in MODES]
@@ -277,9 +282,9 @@ def run(
         raise nncf.ValidationError(msg)
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     sparsities = SPARSITIES if sparsities is None else sparsities
-    result = DecodeResult(_about(model, dtype, where, sparsities, tokens, rounds))
-    models = _models(result, model, sparsities, dtype, where, backend, log)
-    saved = {name: _weights_saved(m) for name, m in models.items()}
+    result = DecodeResult(_about(model, dtype, where, sparsities, tokens, rounds, bits))
+    models, plans = _models(result, model, sparsities, dtype, where, backend, bits, log)
+    shares = {name: _pruned_share(models["dense"], plan) for name, plan in plans.items()}
     for batch, prompt in cases or [(batch, prompt) for batch in batches for prompt in prompts]:
         torch._dynamo.reset()  # every case compiles the same functions anew, for other shapes and models
         realised = {name: _count_realised(m, batch, prompt) for name, m in models.items() if name != "dense"}
@@ -315,7 +320,7 @@ def run(
                         max(values) - min(values) if values else None,
                         batch * 1e3 / ms if ms else None,
                         realised.get(name),
-                        None if name == "dense" else saved[name] * realised[name],
+                        None if name == "dense" else shares[name] * realised[name],
                         errors.get((name, mode), ""),
                     )
                 )
@@ -333,9 +338,11 @@ def _models(
     dtype: torch.dtype,
     where: torch.device,
     backend: str,
+    bits: int | None,
     log: Callable[[str], None],
-) -> dict[str, nn.Module]:
-    import scap_nncf
+) -> tuple[dict[str, nn.Module], dict[str, Plan]]:
+    from scap_nncf import bench_lowbit
+    from scap_nncf.compress import compress
     from scap_nncf.deploy import deploy
 
     def build() -> nn.Module:
@@ -344,23 +351,32 @@ def _models(
         return random_model(model, dtype, where)
 
     models: dict[str, nn.Module] = {}
+    _free(where)
     base = _allocated(where)
-    models["dense"] = dense = model.to(where) if isinstance(model, nn.Module) else build()
+    dense = model.to(where) if isinstance(model, nn.Module) and bits is None else build()
+    plans = sparse_plans(dense, sparsities)
+    if bits is not None:
+        dense = bench_lowbit.make_dense(dense, bits)
+    _free(where)
     size = _allocated(where) - base
+    models["dense"] = dense
     result.memory.append(MemoryRow("dense", size, size, _running_peak(dense, where) - base))
     log(f"dense: {size / 2**20:.0f} MiB")
-    plans = sparse_plans(dense, sparsities)
     for name, plan in plans.items():
         _free(where)
         base = _allocated(where)
-        sparse = scap_nncf.compress(build(), plan=plan)
+        sparse = build() if bits is None else bench_lowbit.compress(build(), bits)
+        sparse = compress(sparse, plan=plan)
+        _free(where)
         _reset_peak(where)
         deploy(sparse, backend=backend)
-        deploying, size = _peak(where) - base, _allocated(where) - base
+        peak = _peak(where)
+        _free(where)
+        size = _allocated(where) - base
         models[name] = sparse
-        result.memory.append(MemoryRow(name, size, deploying, _running_peak(sparse, where) - base))
+        result.memory.append(MemoryRow(name, size, peak - base, _running_peak(sparse, where) - base))
         log(f"{name}: {size / 2**20:.0f} MiB")
-    return models
+    return models, plans
 
 
 def _running_peak(model: nn.Module, where: torch.device) -> int:
@@ -390,17 +406,10 @@ def _count_realised(model: nn.Module, batch: int, prompt: int, tokens: int = 32)
         deployment.set_counting(False)
 
 
-def _weights_saved(model: nn.Module) -> float:
+def _pruned_share(model: nn.Module, plan: Plan) -> float:
     """Share of the weights of all FC layers in blocks that belongs to pruned ones."""
-    import scap_nncf
-    from scap_nncf.algorithms.plan import block_index
-
-    controller = scap_nncf.get_controller(model)
-    if controller is None:
-        return 0.0
-    pruned = sum(layer.in_features * layer.out_features for layer in controller.plan.layers)
-    total = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and block_index(name) is not None)
-    return pruned / total if total else 0.0
+    every = {name: shape[0] * shape[1] for name, shape in shapes_of(model).items() if block_index(name) is not None}
+    return sum(every[layer.name] for layer in plan.layers) / sum(every.values())
 
 
 def _time_prefill(models: Mapping[str, nn.Module], length: int, rounds: int, where: torch.device) -> list[PrefillRow]:
@@ -417,15 +426,14 @@ def _time_prefill(models: Mapping[str, nn.Module], length: int, rounds: int, whe
         start = time.perf_counter()
         with torch.no_grad():
             logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # type: ignore[operator]
-            logits.argmax(-1).tolist()
-        _synchronise(where)
+            logits.argmax(-1).tolist()  # waits for the device
         return (time.perf_counter() - start) * 1e3
 
-    ways = [
-        (name, prune) for name in models for prune in (("all", "decode") if is_deployed(models[name]) else ("none",))
-    ]
+    ways = []
+    for name, model in models.items():
+        ways += [(name, prune) for prune in (("all", "decode") if is_deployed(model) else ("none",))]
     times: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
-    for turn in range(rounds + 2):
+    for turn in range(3 * rounds + 2):
         for name, prune in ways:
             model = models[name]
             if is_deployed(model):
@@ -436,14 +444,21 @@ def _time_prefill(models: Mapping[str, nn.Module], length: int, rounds: int, whe
     for model in models.values():
         if is_deployed(model):
             deployment_of(model).set_decode_only(deployment_of(model).decode_only)
-    return [
-        PrefillRow(name, prune, length, statistics.median(values), max(values) - min(values))
-        for (name, prune), values in times.items()
-    ]
+    rows = []
+    for (name, prune), values in times.items():
+        quarters = statistics.quantiles(values, n=4)
+        rows.append(PrefillRow(name, prune, length, statistics.median(values), quarters[2] - quarters[0]))
+    return rows
 
 
 def _about(
-    model: Any, dtype: torch.dtype, where: torch.device, sparsities: Mapping[str, Any], tokens: int, rounds: int
+    model: Any,
+    dtype: torch.dtype,
+    where: torch.device,
+    sparsities: Mapping[str, Any],
+    tokens: int,
+    rounds: int,
+    bits: int | None,
 ) -> dict[str, Any]:
     import transformers
 
@@ -460,6 +475,7 @@ def _about(
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(where) if gpu else platform.processor() or platform.machine(),
         "sparsities": dict(sparsities),
+        "weight_bits": bits,
         "tokens": tokens,
         "rounds": rounds,
         "torch": torch.__version__,

@@ -43,7 +43,13 @@ class DecodeRow:
 
 @dataclass(frozen=True)
 class PrefillRow:
-    """Time to first token: one eager forward over the prompt, with the token policy `prune`; median ms."""
+    """
+    Time to first token: one eager forward over the prompt.
+
+    :param prune: token policy of the deployed model; ``none`` for dense.
+    :param ms: median.
+    :param spread: distance of the quartiles, ms.
+    """
 
     variant: str
     prune: str

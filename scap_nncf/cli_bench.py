@@ -48,6 +48,9 @@ def decode(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 5,
     dense_modes: Annotated[str, typer.Option(help="eager, graph, compiled.")] = "eager,graph,compiled",
     sparse_modes: Annotated[str, typer.Option(help="eager, graph, compiled.")] = "compiled",
+    bits: Annotated[
+        int, typer.Option(help="4 or 8: weights of the blocks compressed by NNCF, against PyTorch's own dense kernels.")
+    ] = 0,
     prefill: Annotated[int, typer.Option(min=0, help="Prompt length for the time to first token; 0: none.")] = 2048,
     as_json: AsJson = False,
 ) -> None:
@@ -80,6 +83,7 @@ def decode(
             dense_modes=_words(dense_modes),
             sparse_modes=_words(sparse_modes),
             prefill=prefill or None,
+            bits=bits or None,
         )
         files = result.save(output) if output is not None else []
         out.result(
