@@ -9,9 +9,9 @@ The sparse operations on 8- and 4-bit weights as torch ops.
 ======================================== =====================================================
 
 W is packed as :mod:`scap_nncf.kernels.packing` says. Eager, ``torch.compile(fullgraph=True)`` and CUDA graphs. On a
-CPU the reference runs. On a CUDA device: one row, a Triton GEMV; 2 to 16 rows, a Triton tensor-core kernel over the
-union of the masks; more rows (prefill), the weight is dequantised and multiplied by the library in slices of at most
-``DENSE_SLICE_BYTES`` of transient memory. Inference only.
+CPU the reference runs. On a CUDA device: up to five rows, a Triton GEMV, each row with its own mask; up to 16 rows, a
+Triton tensor-core kernel over the union of the masks; more rows (prefill), the weight is dequantised and multiplied by
+the library in slices of at most ``DENSE_SLICE_BYTES`` of transient memory. Inference only.
 
 Precision: sums are float32. For float16 and bfloat16 activations the one-row kernel adds the products of up to eight
 neighbouring kept rows in float16 first (scaled so that they cannot overflow), a relative error near 5e-4 of the

@@ -13,7 +13,7 @@ from ..packing import BLOCK_WORDS
 from .quant_batch import sparse_quant_batch_kernel
 from .quant_dequant import dequantize_kernel
 from .quant_gemv import HAS_PDL, sparse_quant_gemv_kernel
-from .quant_tiles import BatchTile, GemvTile, batch_tile, gemv_tile
+from .quant_tiles import BatchTile, GemvTile, batch_tile, gemv_tile, one_row_at_a_time
 from .workspace import take_tickets
 
 MAX_ROWS = 16  # rows that the small-batch kernel takes
@@ -93,8 +93,7 @@ def launch_sparse_quant(
 ) -> torch.Tensor:
     """Run the one-row or the small-batch kernel on contiguous tensors.
 
-    :param x: ``[M, K]``; M == 1 takes the one-row kernel, more rows the small-batch kernel (a ``GemvTile`` forces the
-        one-row kernel, each row with its own mask).
+    :param x: ``[M, K]``, 1 to ``MAX_ROWS`` rows.
     :param activation: "none", or the name of a gated activation; then ``segments`` are the two halves of a GLU and each
         must fill whole 16-word blocks.
     :param tile, pdl, ptx: overrides for measurements and tests.
@@ -106,7 +105,10 @@ def launch_sparse_quant(
     group = k // scale.shape[0]
     per = 32 // bits
     if tile is None:
-        tile = gemv_tile(bits, k, n, group) if m == 1 else batch_tile(bits, k, n, group)
+        if one_row_at_a_time(m):
+            tile = gemv_tile(bits, k, n, group, wide=x.dtype == torch.float32)
+        else:
+            tile = batch_tile(bits, k, n, group)
     one_row = isinstance(tile, GemvTile)
     channels = tile.run * tile.warps if isinstance(tile, GemvTile) else tile.run
     splits = triton.cdiv(k, channels)
