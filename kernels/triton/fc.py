@@ -14,12 +14,11 @@ from .rows import (
     add_partials,
     add_vector,
     arrive,
+    follow_producer,
     kept,
     pack,
-    release_consumer,
     segment_of,
     unpack_value,
-    wait_for_producer,
     write_list,
 )
 from .tiles import Tile
@@ -31,7 +30,7 @@ MAX_SEGMENTS = 4
 @triton.jit
 def fc_row_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, part_ptr, list_ptr, ticket_ptr,
-    K, N, stride_wk, splits, mode,
+    K, N, stride_wk, splits, span, mode,
     n0, n1, n2, n3, t0, t1, t2, t3,
     SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ATOMIC: tl.constexpr,
     BLOCK_N: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, UNROLL: tl.constexpr, SUM_UNROLL: tl.constexpr,
@@ -49,11 +48,13 @@ def fc_row_kernel(
     cols = first + tl.arange(0, BLOCK_N)
     in_cols = cols < end
     group = tl.arange(0, GROUPS)[:, None]  # [G, 1]
-    wait_for_producer(PDL)
-    k = split * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    z = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32) - mode
+    follow_producer(PDL)
+    lane = tl.arange(0, ROWS)
+    k = split * span + lane  # [ROWS]
+    inside_k = (lane < span) & (k < K)
+    z = tl.load(x_ptr + k, mask=inside_k, other=0.0, eviction_policy="evict_last").to(tl.float32) - mode
     mine = list_ptr + (strip * splits + split) * ROWS
-    count = write_list(mine, kept(z, threshold, k < K), pack(k, z))
+    count = write_list(mine, kept(z, threshold, inside_k), pack(k, z))
     acc = tl.zeros([GROUPS, BLOCK_N], tl.float32)
     for j in range(0, count, GROUPS * UNROLL):
         entries = ()
@@ -74,7 +75,6 @@ def fc_row_kernel(
             )
         for r in tl.static_range(UNROLL):
             acc += unpack_value(entries[r]) * weights[r].to(tl.float32)
-    release_consumer(PDL)
     if GROUPS == 1:
         y = tl.reshape(acc, [BLOCK_N])
     else:
@@ -97,7 +97,7 @@ def fc_row_kernel(
 @triton.jit
 def fc_rows_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, part_ptr, list_ptr, ticket_ptr,
-    M, K, N, stride_wk, splits, mode,
+    M, K, N, stride_wk, splits, span, mode,
     n0, n1, n2, n3, t0, t1, t2, t3,
     SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ATOMIC: tl.constexpr,
     BLOCK_N: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SUM_UNROLL: tl.constexpr,
@@ -114,12 +114,14 @@ def fc_rows_kernel(
     cols = first + tl.arange(0, BLOCK_N)
     in_cols = cols < end
     m = tl.arange(0, 16)[:, None]  # [16, 1]
-    wait_for_producer(PDL)
-    k = split * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    follow_producer(PDL)
+    lane = tl.arange(0, ROWS)
+    k = split * span + lane  # [ROWS]
+    inside_k = (lane < span) & (k < K)
     any_kept = tl.zeros([ROWS], tl.int32)
     for i in range(0, M):
-        z = tl.load(x_ptr + i * K + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32) - mode
-        any_kept = any_kept | kept(z, threshold, k < K).to(tl.int32)
+        z = tl.load(x_ptr + i * K + k, mask=inside_k, other=0.0, eviction_policy="evict_last").to(tl.float32) - mode
+        any_kept = any_kept | kept(z, threshold, inside_k).to(tl.int32)
     mine = list_ptr + (strip * splits + split) * ROWS
     count = write_list(mine, any_kept != 0, k.to(tl.int64))
     acc = tl.zeros([16, BLOCK_N], tl.float32)
@@ -141,7 +143,6 @@ def fc_rows_kernel(
             acc = tl.dot(z.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
         else:
             acc = tl.dot(z, w, acc, input_precision=PRECISION)
-    release_consumer(PDL)
     at = m * N + cols[None, :]  # [16, BLOCK_N]
     inside = (m < M) & in_cols[None, :]
     if ATOMIC:
@@ -185,7 +186,7 @@ def launch_fc(
     m, k = x.shape
     n = weight.shape[1]
     strips = sum(triton.cdiv(columns, tile.block_n) for _, columns in segments)
-    splits = triton.cdiv(k, tile.rows)
+    splits = triton.cdiv(k, tile.span(k))
     part, entries, tickets = take(x.device, strips, splits, tile.rows, m * n, deterministic)
     padded = list(segments) + [(0.0, 0)] * (MAX_SEGMENTS - len(segments))
     sizes = [columns for _, columns in padded]
@@ -205,12 +206,12 @@ def launch_fc(
     }
     if m == 1:
         fc_row_kernel[(strips, splits)](
-            *arguments, k, n, weight.stride(0), splits, mode, *sizes, *limits,
+            *arguments, k, n, weight.stride(0), splits, tile.span(k), mode, *sizes, *limits,
             GROUPS=tile.groups, UNROLL=tile.unroll, **flags,
         )  # fmt: skip
     else:
         fc_rows_kernel[(strips, splits)](
-            *arguments, m, k, n, weight.stride(0), splits, mode, *sizes, *limits,
+            *arguments, m, k, n, weight.stride(0), splits, tile.span(k), mode, *sizes, *limits,
             BLOCK_K=tile.unroll, STAGES=tile.groups, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             WIDEN=x.device.type != "cuda", **flags,
         )  # fmt: skip

@@ -12,11 +12,10 @@ from .rows import (
     add_partials,
     add_vector,
     arrive,
+    follow_producer,
     kept,
     pack,
-    release_consumer,
     unpack_value,
-    wait_for_producer,
     write_list,
 )
 from .tiles import Tile
@@ -51,7 +50,7 @@ def activate(g, ACTIVATION: tl.constexpr):
 @triton.jit
 def glu_row_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, part_ptr, list_ptr, ticket_ptr,
-    K, N, stride_wk, splits, mode, gate_threshold, up_threshold,
+    K, N, stride_wk, splits, span, mode, gate_threshold, up_threshold,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, ATOMIC: tl.constexpr, ONE_THRESHOLD: tl.constexpr,
     BLOCK_N: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, UNROLL: tl.constexpr, SUM_UNROLL: tl.constexpr,
     PDL: tl.constexpr,
@@ -67,11 +66,13 @@ def glu_row_kernel(
     cols = strip * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cols = cols < N
     group = tl.arange(0, GROUPS)[:, None]  # [G, 1]
-    wait_for_producer(PDL)
-    k = split * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    z = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32) - mode
+    follow_producer(PDL)
+    lane = tl.arange(0, ROWS)
+    k = split * span + lane  # [ROWS]
+    inside_k = (lane < span) & (k < K)
+    z = tl.load(x_ptr + k, mask=inside_k, other=0.0, eviction_policy="evict_last").to(tl.float32) - mode
     mine = list_ptr + (strip * splits + split) * ROWS
-    count = write_list(mine, kept(z, tl.minimum(gate_threshold, up_threshold), k < K), pack(k, z))
+    count = write_list(mine, kept(z, tl.minimum(gate_threshold, up_threshold), inside_k), pack(k, z))
     gate = tl.zeros([GROUPS, BLOCK_N], tl.float32)
     up = tl.zeros([GROUPS, BLOCK_N], tl.float32)
     for j in range(0, count, GROUPS * UNROLL):
@@ -96,7 +97,6 @@ def glu_row_kernel(
             # a value below one threshold meets the zeros that stand for that half's unread weights
             gate += values[r] * gates[r].to(tl.float32)
             up += values[r] * ups[r].to(tl.float32)
-    release_consumer(PDL)
     if GROUPS == 1:
         g = tl.reshape(gate, [BLOCK_N])
         u = tl.reshape(up, [BLOCK_N])
@@ -157,11 +157,11 @@ def launch_glu(
     k = x.shape[1]
     n = weight.shape[1] // 2
     strips = triton.cdiv(n, tile.block_n)
-    splits = triton.cdiv(k, tile.rows)
+    splits = triton.cdiv(k, tile.span(k))
     part, entries, tickets = take(x.device, strips, splits, tile.rows, 2 * n, deterministic)
     glu_row_kernel[(strips, splits)](
         x, weight, bias if bias is not None else x, out, part, entries, tickets,
-        k, n, weight.stride(0), splits, mode, gate_threshold, up_threshold,
+        k, n, weight.stride(0), splits, tile.span(k), mode, gate_threshold, up_threshold,
         ACTIVATION=activation, HAS_BIAS=bias is not None, ATOMIC=not deterministic,
         ONE_THRESHOLD=gate_threshold == up_threshold, BLOCK_N=tile.block_n, ROWS=tile.rows, GROUPS=tile.groups,
         UNROLL=tile.unroll, SUM_UNROLL=tile.sum_unroll(), **tile.launch_options(x.device),

@@ -23,16 +23,14 @@ except ImportError:  # an older Triton; the launch option is then never set
 
 
 @triton.jit
-def wait_for_producer(PDL: tl.constexpr):
-    """Before the first read: with a programmatic launch the kernel before this one may still be running."""
+def follow_producer(PDL: tl.constexpr):
+    """
+    Before the first read: with a programmatic launch the kernel before this one may still be running. From then on the
+    next kernel may be placed on the chip, to wait there in its turn. (Never before the wait: a queue of waiting kernels
+    would take the place of the one that works.)
+    """
     if PDL:
         gdc_wait()
-
-
-@triton.jit
-def release_consumer(PDL: tl.constexpr):
-    """After the last weight was asked for: the next kernel may take its place on the chip and wait there."""
-    if PDL:
         gdc_launch_dependents()
 
 

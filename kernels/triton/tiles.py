@@ -32,7 +32,9 @@ class Tile:
     :param max_registers: registers a thread that the compiler may use. Without a limit it trades loads in flight for
         occupancy and waits for one row before it asks for the next.
     :param early_launch: let the kernel be placed on the chip while the one before it ends (programmatic dependent
-        launch). Worth 0.2 to 0.6 us where the kernel is short, slightly slower where it is long.
+        launch).
+    :param splits: programs along the input channels, where a number that no power of two gives fills the chip better;
+        0 leaves it to `rows`.
 
     With 2 to 16 rows tensor cores multiply: `unroll` is then the weight rows of one step, `groups` the pipeline stages.
     """
@@ -44,12 +46,19 @@ class Tile:
     num_warps: int = 4
     max_registers: int = 96
     early_launch: bool = False
+    splits: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_n", "rows", "num_warps"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ValueError(f"Tile {name} is {value}; expected a power of two.")
+
+    def span(self, k: int) -> int:
+        """Input channels that a program really takes: `rows`, or fewer so that all of `splits` have equally much."""
+        if self.splits == 0:
+            return self.rows
+        return min(self.rows, max(16, -(-k // self.splits) + 15 & ~15))
 
     def sum_unroll(self) -> int:
         """Partial sums that the last program has in flight, within its registers."""
@@ -174,22 +183,23 @@ def nearest(key: Key, entries: list[tuple[Key, Tile]]) -> Tile:
             shape,
         )
 
-    _, tile = min(entries, key=lambda entry: distance(entry[0]))
-    return _fit(key, tile)
+    found, tile = min(entries, key=lambda entry: distance(entry[0]))
+    return tile if (key.k, key.n, key.op) == (found.k, found.n, found.op) else _fit(key, found, tile)
 
 
-def _fit(key: Key, tile: Tile) -> Tile:
-    """Shrink a tile that reaches past a small shape."""
-    changes: dict[str, int] = {}
-    columns = key.n // 2 if key.op == "glu" else key.n
+def _strips(key: Key, block_n: int) -> int:
+    columns = max(1, key.n // 2 if key.op == "glu" else key.n)
+    return -(-columns // block_n)
+
+
+def _fit(key: Key, found: Key, tile: Tile) -> Tile:
+    """A tile for another shape: no wider than the columns, and about as many programs as where it was measured."""
     block_n = tile.block_n
-    while block_n > 32 and block_n // 2 >= columns:
+    while block_n > 32 and _strips(key, block_n // 2) == 1:
         block_n //= 2
-    if block_n != tile.block_n:
-        changes["block_n"] = block_n
-    rows = tile.rows
-    while rows > 64 and rows // 2 >= key.k:
-        rows //= 2
-    if rows != tile.rows:
-        changes["rows"] = rows
-    return Tile(**{**asdict(tile), **changes})
+    programs = _strips(found, tile.block_n) * -(-found.k // tile.span(found.k))
+    share = key.k / max(1, round(programs / _strips(key, block_n)))  # input channels a program
+    rows = 64
+    while rows < min(share, 2048):
+        rows *= 2
+    return Tile(**{**asdict(tile), "block_n": block_n, "rows": rows, "splits": 0})

@@ -127,7 +127,15 @@ def test_repeated_launches_agree_to_the_bit(device):
         assert torch.equal(run(x, weight, [0.5], [64], 0.1), first)
 
 
-@pytest.mark.parametrize("tile", [Tile(64, 128, 1, 4, 1, 96), Tile(16, 64, 8, 1, 8, 96), Tile(128, 64, 4, 3, 4, 128)])
+TILES = [
+    Tile(64, 128, 1, 4, 1, 96),
+    Tile(16, 64, 8, 1, 8, 96),
+    Tile(128, 64, 4, 3, 4, 128),
+    Tile(64, 64, 2, 2, 4, 96, splits=5),
+]
+
+
+@pytest.mark.parametrize("tile", TILES)
 def test_tiles_change_nothing_but_rounding(device, tile):
     x, weight = torch.randn(1, 170, device=device), torch.randn(170, 90, device=device)
     got = run(x, weight, [0.5], [90], 0.0, tile=tile)

@@ -28,7 +28,8 @@ def test_leading_dimensions(device, shape):
     residual = torch.randn(*shape[:-1], 5, device=device)
     got = ops.sparse_fc(x, weight, [0.5], [5], 0.1, None, residual)
     assert got.shape == (*shape[:-1], 5)
-    torch.testing.assert_close(got.cpu(), reference_fc(x, weight, [0.5], [5], 0.1, None, residual), rtol=1e-4, atol=1e-5)
+    expected = reference_fc(x, weight, [0.5], [5], 0.1, None, residual)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
     assert ops.sparse_glu(x, weight[:, :4], 0.5, 0.5).shape == (*shape[:-1], 2)
 
 

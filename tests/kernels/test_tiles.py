@@ -38,6 +38,14 @@ def test_unknown_shapes_get_a_tile_that_fits(op, shape, rows):
     assert tile.block_n >= 32
     columns = shape[1] // 2 if op == "glu" else shape[1]
     assert tile.block_n == 32 or tile.block_n // 2 < columns
+    assert tile.span(shape[0]) * -(-shape[0] // tile.span(shape[0])) >= shape[0]
+
+
+def test_splits_share_the_channels_out():
+    tile = tiles.Tile(rows=256, splits=18)
+    assert tile.span(4096) == 240  # a multiple of 16: loads stay aligned
+    assert tiles.Tile(rows=256).span(4096) == 256
+    assert tiles.Tile(rows=64, splits=3).span(4096) == 64  # never more than a program looks at
 
 
 def test_tiles_are_powers_of_two():
@@ -77,8 +85,8 @@ def test_dense_switch():
     args = (CPU, 4096, 14336, torch.float16)
     assert not dispatch.prefer_dense(*args, 1, 0.0)  # one row never
     assert not dispatch.prefer_dense(*args, 2, 0.9)
-    assert dispatch.prefer_dense(*args, 4, 0.1)  # hardly anything is skipped by all four
-    switched = [dispatch.prefer_dense(*args, 4, s / 20) for s in range(21)]
+    assert dispatch.prefer_dense(*args, 8, 0.1)  # hardly anything is skipped by all eight
+    switched = [dispatch.prefer_dense(*args, 8, s / 20) for s in range(21)]
     assert switched == sorted(switched, reverse=True)  # once sparse, sparse from there on
 
 
