@@ -64,8 +64,8 @@ def fc_row_kernel(
         for r in tl.static_range(UNROLL):
             at = j + r * GROUPS + group
             entry = tl.load(mine + at, mask=at < count, other=0)  # 0: row 0 times 0.0, and not loaded
-            entries = entries + (entry,)
-            weights = weights + (
+            entries = entries + (entry,)  # type: ignore[assignment]
+            weights = weights + (  # type: ignore[assignment]
                 tl.load(
                     w_ptr + (entry >> 32) * stride_wk + cols[None, :],
                     mask=(at < count) & in_cols[None, :],

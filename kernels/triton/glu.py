@@ -90,9 +90,9 @@ def glu_row_kernel(
             else:
                 gate_mask = kept(value, gate_threshold, at < count) & in_cols[None, :]
                 up_mask = kept(value, up_threshold, at < count) & in_cols[None, :]
-            gates = gates + (tl.load(row, mask=gate_mask, other=0.0, eviction_policy="evict_first"),)
-            ups = ups + (tl.load(row + N, mask=up_mask, other=0.0, eviction_policy="evict_first"),)
-            values = values + (value,)
+            gates = gates + (tl.load(row, mask=gate_mask, other=0.0, eviction_policy="evict_first"),)  # type: ignore[assignment]
+            ups = ups + (tl.load(row + N, mask=up_mask, other=0.0, eviction_policy="evict_first"),)  # type: ignore[assignment]
+            values = values + (value,)  # type: ignore[assignment]
         for r in tl.static_range(UNROLL):
             # a value below one threshold meets the zeros that stand for that half's unread weights
             gate += values[r] * gates[r].to(tl.float32)
