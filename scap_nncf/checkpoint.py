@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -229,9 +229,10 @@ def _describe_hooks(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, t
     tensors: dict[str, torch.Tensor] = {}
     for index, (hook, names) in enumerate(places.items()):
         kind = type(hook).__name__
+        config: dict[str, Any]
         if kind in _DECOMPRESSORS:
             config = {
-                "result_dtype": _dtype_name(hook.result_dtype),
+                "result_dtype": _dtype_name(getattr(hook, "result_dtype", None)),
                 **{
                     key: None if getattr(hook, key) is None else list(getattr(hook, key))
                     for key in ("zero_point_shape", "compressed_weight_shape", "result_shape")
@@ -239,7 +240,7 @@ def _describe_hooks(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, t
                 },
             }
         elif kind in _QUANTISERS:
-            config = hook.get_config()
+            config = hook.get_config()  # type: ignore[operator]
         else:
             known = ", ".join(_DECOMPRESSORS + _QUANTISERS)
             msg = f"NNCF's hook {kind} at {names[0]} cannot be saved; these can: {known}."
@@ -251,7 +252,7 @@ def _describe_hooks(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, t
 
 
 def _save_config(model: nn.Module, folder: Path) -> None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"):
         return  # no transformers model: load_pretrained(folder, model=...) takes one that the user made
     config = copy.deepcopy(config)
@@ -319,13 +320,14 @@ def _from_config(folder: Path, description: Mapping[str, Any]) -> nn.Module:
         )
         raise nncf.ValidationError(msg)
     try:
+        made_by: Callable[..., Any] = kind._from_config  # type: ignore[attr-defined]
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         options = {"attn_implementation": description["attention"]} if description.get("attention") else {}
         try:
             with _parameters_on_meta():
-                model = kind._from_config(config, **options)
+                model = made_by(config, **options)
         except (RuntimeError, NotImplementedError):  # a model that computes with its weights while it is made
-            model = kind._from_config(config, **options)
+            model = made_by(config, **options)
         if (folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what a model class does with a config that is not its own, it does in any way
@@ -345,7 +347,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

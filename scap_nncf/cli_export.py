@@ -119,12 +119,14 @@ def run_export(given: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
     from scap_nncf.cli import _work
 
+    expected: tuple[type[Exception], ...] = (typer.BadParameter, MissingExtraError, OSError, *_errors())
     try:
         with _work(as_json=False):  # progress and tables of NNCF go to stderr; stdout holds the result alone
             folder = export_arguments(given, _scap(given), data, given.plan, given.overwrite)
             controller = scap_nncf.get_controller(scap_nncf.load_openvino(folder))
+        assert controller is not None
         print(f"{controller.statistics()}\nSaved to {folder}")
-    except (typer.BadParameter, MissingExtraError, OSError, *_errors()) as error:
+    except expected as error:
         text = " ".join(str(error).split())
         print(f"{parser.prog}: error: {text}", file=sys.stderr)
         return 2 if isinstance(error, typer.BadParameter) else 1

@@ -164,8 +164,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     Undo what the export does to a model: it sets options of its configuration, leaves it in evaluation mode, and turns
     half-precision parameters into float32.
     """
-    tensors = [
-        (store, name, tensor, tensor.data)
+    tensors: list[tuple[dict[str, Any], str, Any, torch.Tensor]] = [
+        (store, name, tensor, tensor.data)  # type: ignore[misc]
         for module in model.modules()
         for store in (module._parameters, module._buffers)
         for name, tensor in store.items()

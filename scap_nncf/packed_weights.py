@@ -139,11 +139,11 @@ class PackedEmbedding(nn.Module):
     :raises CannotTakeOver: for another format.
     """
 
-    def __init__(self, embedding: nn.Embedding, decompressor: Any) -> None:
+    def __init__(self, embedding: nn.Module, decompressor: Any) -> None:
         super().__init__()
-        by_row = decompressor._scale.shape == (embedding.weight.shape[0], 1)
-        plain = type(embedding) is nn.Embedding and embedding.max_norm is None
-        if not plain or not by_row or not type(decompressor).__name__.startswith("INT8"):
+        by_row = decompressor._scale.dim() == 2 and decompressor._scale.shape[1] == 1
+        int8 = type(decompressor).__name__.startswith("INT8")
+        if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not (by_row and int8):
             msg = f"a {type(embedding).__name__} compressed by {type(decompressor).__name__}"
             raise CannotTakeOver(msg)
         self._original = (embedding,)

@@ -123,9 +123,9 @@ def order(builders: Sequence[CompressionBuilder]) -> list[CompressionBuilder]:
             raise nncf.ValidationError(msg)
     ordered = sorted(builders, key=lambda builder: STAGES.index(builder.stage))
     if ordered != list(builders):
-        names = ", ".join(type(builder.config).__name__ for builder in ordered)
+        sequence = ", ".join(type(builder.config).__name__ for builder in ordered)
         nncf_logger.warning(
-            f"The steps run in the order {names}: AWQ finds no pattern in a sparse model, and mode*W must come from "
+            f"The steps run in the order {sequence}: AWQ finds no pattern in a sparse model, and mode*W must come from "
             "the quantised weights."
         )
     return ordered

@@ -312,7 +312,7 @@ class _Inserter:
         inputs = {key: item for item in self._graph.inputs for key in item.get_names()}
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if tokens is not None and "encoder_hidden_states" not in inputs and tokens.get_partial_shape().rank != 1:
-            key, measured, axis, name = "model", tokens.get_node().output(0), 1, _name_of("decode")
+            key, measured, axis, name = ("model", 0), tokens.get_node().output(0), 1, _name_of("decode")
         else:
             key, measured = (source.get_node().get_name(), source.get_index()), source
             axis = -2 if call.channel_axis == -1 else -1
