@@ -349,7 +349,11 @@ def _tokenizer(ref: str | os.PathLike[str]) -> Any:
     try:
         if missing:  # transformers would make up an empty one
             raise OSError("the folder has neither tokenizer_config.json nor tokenizer.json")
-        return transformers.AutoTokenizer.from_pretrained(str(ref))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(ref))
+        # for a model without one, transformers 5 makes up an empty tokenizer, which Optimum then saves beside the IR
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+            raise OSError("it has no words beyond special tokens; the model came without a tokenizer")
+        return tokenizer
     except (OSError, ValueError, KeyError) as error:
         msg = f"Calibration on text needs the tokenizer of {ref}, which cannot be loaded: {error}"
         raise nncf.ValidationError(msg) from error

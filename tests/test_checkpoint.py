@@ -43,7 +43,7 @@ def logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], torch.Tensor]:
     """A saved 4-bit sparse OPT with AWQ, the input and its logits."""
-    from conftest import build_tiny_model, make_batches
+    from tiny_models import build_tiny_model, make_batches
 
     data = make_batches()
     steps = [WeightCompression("int4_asym", group_size=8, awq=True), Scap(sparsity=0.4, mode="median")]

@@ -10,7 +10,7 @@ from typing import Any
 import nncf
 import pytest
 import torch
-from conftest import build_tiny_model, make_batches
+from tiny_models import build_tiny_model, make_batches
 from torch import nn
 
 import scap_nncf

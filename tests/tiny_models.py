@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Tiny random models of several families, and batches for them.
+
+A module of its own: `from conftest import ...` would take whichever of the conftest.py files pytest read last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Sizes are no powers of two on purpose: kernels and reshapes that only work on round shapes show here.
+VOCAB, HIDDEN, HEADS, FFN, BLOCKS = 131, 48, 4, 88, 2
+
+
+def _config(family: str) -> Any:
+    import transformers as tf
+
+    common = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    decoder = {
+        **common,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": BLOCKS,
+        "intermediate_size": FFN,
+        "max_position_embeddings": 256,
+    }
+    grouped = {**decoder, "num_key_value_heads": 2}
+    builders: dict[str, Callable[[], Any]] = {
+        # separate gate/up/down and q/k/v, grouped queries, no bias
+        "llama": lambda: tf.LlamaConfig(**grouped),
+        "mistral": lambda: tf.MistralConfig(**grouped, sliding_window=None),
+        "qwen2": lambda: tf.Qwen2Config(**grouped),  # bias on q, k, v
+        "gemma3": lambda: tf.Gemma3TextConfig(**grouped, head_dim=12, layer_types=["full_attention"] * BLOCKS),
+        # Conv1D projections with transposed weights, biases everywhere, fused qkv
+        "gpt2": lambda: tf.GPT2Config(
+            **common, n_embd=HIDDEN, n_head=HEADS, n_layer=BLOCKS, n_inner=FFN, n_positions=256
+        ),
+        # fc1/fc2, separate q/k/v, ReLU
+        "opt": lambda: tf.OPTConfig(
+            **common,
+            hidden_size=HIDDEN,
+            num_attention_heads=HEADS,
+            num_hidden_layers=BLOCKS,
+            ffn_dim=FFN,
+            max_position_embeddings=256,
+            word_embed_proj_dim=HIDDEN,
+        ),
+        # fused query_key_value, GELU, parallel residual: attention and feed-forward read one tensor
+        "falcon": lambda: tf.FalconConfig(
+            **common,
+            hidden_size=HIDDEN,
+            num_attention_heads=HEADS,
+            num_hidden_layers=BLOCKS,
+            ffn_hidden_size=FFN,
+            parallel_attn=True,
+            new_decoder_architecture=False,
+            multi_query=True,
+        ),
+        "gpt_neox": lambda: tf.GPTNeoXConfig(**decoder),
+        "phi": lambda: tf.PhiConfig(**decoder),  # parallel attention and feed-forward, biases
+        "phi3": lambda: tf.Phi3Config(**grouped),  # fused qkv and gate_up
+        "mpt": lambda: tf.MptConfig(
+            vocab_size=VOCAB, d_model=HIDDEN, n_heads=HEADS, n_layers=BLOCKS, expansion_ratio=2, max_seq_len=256
+        ),
+        # fused 3-D expert parameters
+        "mixtral": lambda: tf.MixtralConfig(**grouped, num_local_experts=4, num_experts_per_tok=2),
+    }
+    if family not in builders:
+        raise KeyError(f"no tiny model of family {family!r}; there are {sorted(builders)}")
+    return builders[family]()
+
+
+def build_tiny_model(family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+    """A random causal LM in eval mode: 2 blocks, hidden 48, feed-forward 88, vocabulary 131."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(_config(family)).eval()
+        # the default initialisation (std 0.02, zero biases) gives activations so small that nothing is at stake
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() >= 2:
+                    parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+                elif name.endswith("bias"):
+                    parameter.normal_(0.0, 0.1)
+    model.requires_grad_(False)
+    return model.to(dtype)
+
+
+def make_batches(count: int = 4, batch: int = 2, length: int = 19, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """`count` dicts of `input_ids` and `attention_mask`, each int64 [batch, length]; ids avoid the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "input_ids": torch.randint(3, VOCAB, (batch, length), generator=generator),
+            "attention_mask": torch.ones(batch, length, dtype=torch.int64),
+        }
+        for _ in range(count)
+    ]
