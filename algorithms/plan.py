@@ -5,6 +5,9 @@ The plan: the portable result of a calibration.
 A plan says for every site which layers read it, the mode η, and for each layer the threshold τ and the target sparsity.
 It is JSON with a schema version; vectors and statistics go into safetensors beside it. A plan made on a PyTorch model
 applies to its OpenVINO IR and the other way round. Loading parses data only; nothing in a plan is executed.
+
+Schema 1 is thresholds and modes alone. Schema 2 adds N:M patterns and error mitigation; a plan that has none of these
+is still written as schema 1. Vectors are float32 tensors named ``layer name + "/" + kind`` in ``vectors.safetensors``.
 """
 
 from __future__ import annotations
@@ -21,17 +24,38 @@ from typing import Any
 
 import nncf
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
 from scap_nncf.algorithms import roles
 from scap_nncf.algorithms.sites import Layer, Site
 
 SCHEMA = "scap-nncf.plan"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PLAN_FILE = "plan.json"
+VECTORS_FILE = "vectors.safetensors"
 REFERENCE_FILE = "calibrated_thresholds.json"
 MAX_PLAN_BYTES = 256 << 20
+_MAX_VECTOR_BYTES = 64 << 30
 
 PRUNE_POLICIES = ("all", "decode")
+
+#: What a layer may have vectors for, and their shapes; IC and OC are the layer's widths, r is the rank.
+#: ``shift``: η of each channel, in place of the site's mode. ``score``: factor of each channel's magnitude where values
+#: are ranked. ``scale``: γ, the product is multiplied by 1 + γ. ``bias``: added to the result. ``low_rank_in`` and
+#: ``low_rank_out``: A and B, the dropped part of the input times A·B is added to the product.
+VECTOR_SHAPES: dict[str, tuple[str, ...]] = {
+    "shift": ("IC",),
+    "score": ("IC",),
+    "scale": ("OC",),
+    "bias": ("OC",),
+    "low_rank_in": ("IC", "r"),
+    "low_rank_out": ("r", "OC"),
+}
+TOKEN_SHIFTS = ("mean", "median")
+
+Vector = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,11 @@ class LayerPlan:
     :param sparsity: target sparsity s in [0, 1).
     :param in_features: input channels, or 0 where unknown (plans imported from the reference).
     :param out_features: output channels, or 0 where unknown.
+    :param pattern: (N, M): of each M neighbouring input channels the N largest are kept. M = in_features is a top-k of
+        the token. The threshold is negative then.
+    :param token_shift: ``mean`` or ``median`` of the token's channels, subtracted before values are dropped.
+    :param variance: scale what is kept so that its variance over the token's channels is that before dropping.
+    :param vectors: kinds of vectors that the plan holds of this layer, see ``VECTOR_SHAPES``.
     """
 
     name: str
@@ -51,6 +80,20 @@ class LayerPlan:
     out_features: int
     threshold: float
     sparsity: float
+    pattern: tuple[int, int] | None = None
+    token_shift: str | None = None
+    variance: bool = False
+    vectors: tuple[str, ...] = ()
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything can be dropped."""
+        return self.pattern is not None or self.threshold >= 0
+
+    @property
+    def is_plain(self) -> bool:
+        """A threshold and the site's mode are all there is."""
+        return self.pattern is None and self.token_shift is None and not self.variance and not self.vectors
 
 
 @dataclass(frozen=True)
@@ -71,6 +114,7 @@ class Plan:
     :param prune: ``all`` prunes every token, ``decode`` only tokens that come alone (the paper's runtime).
     :param made_by: versions, settings and sample counts, for the reader.
     :param statistics: name and SHA-256 of the statistics file beside the plan, if there is one.
+    :param vectors: (layer name, kind) → float32 array, for all kinds that the layers name.
     """
 
     sites: tuple[SitePlan, ...]
@@ -78,6 +122,7 @@ class Plan:
     prune: str = "all"
     made_by: Mapping[str, Any] = field(default_factory=dict)
     statistics: Mapping[str, str] | None = None
+    vectors: Mapping[tuple[str, str], Vector] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -88,18 +133,93 @@ class Plan:
         """The same plan with another token policy."""
         return replace(self, prune=check_prune(prune))
 
+    def with_vectors(self, vectors: Mapping[tuple[str, str], Vector]) -> Plan:
+        """
+        The same plan with these vectors beside those that it has; an equal (layer, kind) is replaced.
+
+        :raises nncf.ValidationError: a layer or kind is unknown, or a vector does not fit its layer.
+        """
+        held = {**self.vectors, **{key: np.ascontiguousarray(v, dtype=np.float32) for key, v in vectors.items()}}
+        kinds: dict[str, list[str]] = {}
+        for name, kind in held:
+            kinds.setdefault(name, []).append(kind)
+        unknown = sorted(set(kinds) - {layer.name for layer in self.layers})
+        if unknown:
+            msg = f"Vectors are given for layers that the plan has not: {', '.join(unknown[:5])}."
+            raise nncf.ValidationError(msg)
+        sites = tuple(
+            replace(site, layers=tuple(replace(x, vectors=tuple(sorted(kinds.get(x.name, ())))) for x in site.layers))
+            for site in self.sites
+        )
+        return replace(self, sites=sites, vectors=held)._checked("the vectors")
+
+    def vectors_of(self, layer: LayerPlan) -> dict[str, Vector]:
+        """
+        Kind → vector of one layer.
+
+        :raises nncf.ValidationError: the plan came without its vectors.
+        """
+        missing = [kind for kind in layer.vectors if (layer.name, kind) not in self.vectors]
+        if missing:
+            msg = (
+                f"The plan came without the vectors of {layer.name} ({', '.join(missing)}), which are in "
+                f"{VECTORS_FILE} beside {PLAN_FILE}; load the plan from the folder that holds both."
+            )
+            raise nncf.ValidationError(msg)
+        return {kind: self.vectors[layer.name, kind] for kind in layer.vectors}
+
+    def vector_bytes(self) -> bytes:
+        """The vectors as safetensors; equal vectors give equal bytes."""
+        return save_tensors({f"{name}/{kind}": value for (name, kind), value in sorted(self.vectors.items())})
+
+    def _checked(self, source: str) -> Plan:
+        """
+        :raises nncf.ValidationError: a vector does not fit its layer or is not finite.
+        """
+        for layer in self.layers:
+            sizes = {"IC": layer.in_features, "OC": layer.out_features}
+            for kind in layer.vectors:
+                if (layer.name, kind) not in self.vectors:
+                    continue
+                if kind not in VECTOR_SHAPES:
+                    msg = f"{source}: unknown kind of vector {kind!r} of {layer.name}."
+                    raise nncf.ValidationError(msg)
+                vector, names = self.vectors[layer.name, kind], VECTOR_SHAPES[kind]
+                wrong = vector.ndim != len(names) or any(
+                    sizes.setdefault(name, size) not in (0, size) for name, size in zip(names, vector.shape)
+                )
+                if wrong or not np.isfinite(vector).all():
+                    what = f"has shape {list(vector.shape)}" if wrong else "has NaN or Inf values"
+                    shape = ", ".join(str(sizes.get(name, name)) for name in names)
+                    msg = f"{source}: {kind} of {layer.name} {what}; expected finite numbers of shape [{shape}]."
+                    raise nncf.ValidationError(msg)
+        return self
+
     # -- JSON ----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """The plan as JSON text; equal plans give equal text."""
-        data = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        data = {"schema": SCHEMA, "schema_version": self._schema(), **asdict(replace(self, vectors={}))}
         if self.statistics is None:
             del data["statistics"]
+        del data["vectors"]
+        if self.vectors:
+            data["vectors"] = {"file": VECTORS_FILE, "sha256": sha256(self.vector_bytes())}
+        for layer in (layer for site in data["sites"] for layer in site["layers"]):
+            for key in ("pattern", "token_shift", "variance", "vectors"):
+                if not layer[key]:
+                    del layer[key]
         return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    def _schema(self) -> int:
+        """The oldest schema that says all of this plan."""
+        return 1 if self.algorithm == "scap" and all(layer.is_plain for layer in self.layers) else 2
 
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> Plan:
         """
+        A plan without its vectors; :meth:`load` reads these as well.
+
         :raises nncf.ValidationError: the text is damaged, of a newer schema, or no plan.
         """
         try:
@@ -144,11 +264,13 @@ class Plan:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """
-        Write ``plan.json`` into a folder, atomically.
+        Write ``plan.json`` into a folder, atomically, and ``vectors.safetensors`` before it where there are vectors.
 
         :return: the path of the file.
         :raises nncf.ValidationError: the folder cannot be written.
         """
+        if self.vectors:
+            write_atomically(Path(folder) / VECTORS_FILE, self.vector_bytes())
         return write_atomically(Path(folder) / PLAN_FILE, self.to_json().encode())
 
     @classmethod
@@ -178,7 +300,12 @@ class Plan:
             raise nncf.ValidationError(msg) from error
         if '"hook_type"' in text and f'"{SCHEMA}"' not in text:
             return cls._from_reference_text(text, str(file))
-        return cls.from_json(text, str(file))
+        plan = cls.from_json(text, str(file))
+        if any(layer.vectors for layer in plan.layers):
+            plan = replace(plan, vectors=_read_vectors(file, json.loads(text)))._checked(str(file))
+            for layer in plan.layers:
+                plan.vectors_of(layer)
+        return plan
 
     # -- the reference implementation's format ----------------------------------------------------------------------
 
@@ -256,6 +383,9 @@ class Plan:
                         f"{layer.name} is {layer.in_features}x{layer.out_features} in the plan, "
                         f"{shape[0]}x{shape[1]} in the model"
                     )
+                if layer.pattern is not None and shape[0] % layer.pattern[1]:
+                    n, m = layer.pattern
+                    problems.append(f"{layer.name} has {shape[0]} inputs, which groups of {m} ({n}:{m}) do not divide")
                 layers.append(replace(layer, in_features=shape[0], out_features=shape[1]))
             sites.append(replace(site, layers=tuple(layers)))
         if problems:
@@ -359,7 +489,67 @@ def _read_layer(item: Mapping[str, Any]) -> LayerPlan:
         _whole(item["out_features"]),
         _number(item["threshold"]),
         _sparsity(item["sparsity"]),
+        _pattern(item.get("pattern")),
+        _choice(item.get("token_shift"), (None, *TOKEN_SHIFTS)),
+        _choice(item.get("variance", False), (False, True)),
+        tuple(_choice(kind, tuple(VECTOR_SHAPES)) for kind in _list(item.get("vectors", ()))),
     )
+
+
+def _read_vectors(file: Path, data: Mapping[str, Any]) -> dict[tuple[str, str], Vector]:
+    """
+    The vectors beside a plan file.
+
+    :raises nncf.ValidationError: they are missing, damaged or those of another plan.
+    """
+    described = data.get("vectors") or {}
+    path = file.parent / VECTORS_FILE
+    if not path.is_file():
+        msg = f"{file} needs {VECTORS_FILE} beside it, which is missing; copy the whole folder."
+        raise nncf.ValidationError(msg)
+    if path.stat().st_size > _MAX_VECTOR_BYTES:
+        msg = f"{path} has {path.stat().st_size} bytes, more than the vectors of a plan may have ({_MAX_VECTOR_BYTES})."
+        raise nncf.ValidationError(msg)
+    content = path.read_bytes()
+    if sha256(content) != described.get("sha256"):
+        msg = f"{path} is damaged or belongs to another plan than {file}: its SHA-256 differs from the one noted there."
+        raise nncf.ValidationError(msg)
+    try:
+        tensors = load_tensors(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        msg = f"{path} is damaged: {error!r}."
+        raise nncf.ValidationError(msg) from error
+    found = {}
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition("/")
+        found[name, kind] = value.astype(np.float32)
+    return found
+
+
+def check_pattern(n: int, m: int) -> tuple[int, int]:
+    """
+    :raises nncf.ValidationError: N:M is no pattern that keeps something and drops something.
+    """
+    if not 0 < n < m:
+        msg = f"A pattern N:M keeps N of each M channels, with 0 < N < M; got {n}:{m}."
+        raise nncf.ValidationError(msg)
+    return n, m
+
+
+def _pattern(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    n, m = (_whole(number) for number in _list(value))
+    if not 0 < n < m:
+        raise ValueError(f"expected a pattern [N, M] with 0 < N < M, got {value!r}")
+    return n, m
+
+
+def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        msg = f"expected one of {', '.join(map(repr, choices))}, got {value!r}"
+        raise ValueError(msg)
+    return value
 
 
 def _list(value: Any) -> Iterable[Any]:

@@ -217,3 +217,73 @@ def test_statistics_belong_to_their_plan(tmp_path: Path) -> None:
     with pytest.raises(nncf.ValidationError, match="checksum"):
         statistics_of_plan(tmp_path, plan)
     assert statistics_of_plan(tmp_path, make_plan()) is None
+
+
+# -- schema 2: patterns and vectors ----------------------------------------------------------------------------------
+
+
+def with_vectors() -> Plan:
+    layers = (
+        LayerPlan("a.0.up", "up", 32, 7, -1.0, 0.5, pattern=(8, 16), token_shift="median", variance=True),
+        LayerPlan("a.0.gate", "gate", 32, 7, 0.25, 0.5),
+    )
+    plan = Plan((SitePlan("a.0.up", 0, 0.0, "zero", layers),), "nm")
+    random = np.random.default_rng()
+    shapes = {"shift": (32,), "low_rank_in": (32, 3), "low_rank_out": (3, 7)}
+    return plan.with_vectors({("a.0.up", kind): random.random(shape) for kind, shape in shapes.items()})
+
+
+def test_vectors_are_saved_beside_the_plan(tmp_path: Path) -> None:
+    plan = with_vectors()
+    plan.save(tmp_path)
+    again = Plan.load(tmp_path)
+    assert again == plan
+    assert again.to_json() == plan.to_json()
+    assert again.vectors.keys() == plan.vectors.keys()
+    assert all(np.array_equal(again.vectors[key], plan.vectors[key]) for key in plan.vectors)
+    (tmp_path / "vectors.safetensors").write_bytes(b"x" * 40)
+    with pytest.raises(nncf.ValidationError, match="SHA-256"):
+        Plan.load(tmp_path)
+    (tmp_path / "vectors.safetensors").unlink()
+    with pytest.raises(nncf.ValidationError, match="beside"):
+        Plan.load(tmp_path)
+    bare = Plan.from_json(plan.to_json())
+    with pytest.raises(nncf.ValidationError, match="came without"):
+        bare.vectors_of(bare.layers[0])
+
+
+def test_a_plan_of_thresholds_alone_stays_schema_1() -> None:
+    plan = Plan((SitePlan("a", 0, 0.0, "zero", (LayerPlan("a", "up", 4, 4, 0.1, 0.5),)),))
+    assert json.loads(plan.to_json())["schema_version"] == 1
+    assert "pattern" not in plan.to_json()
+    assert json.loads(with_vectors().to_json())["schema_version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ({("b", "shift"): np.zeros(32)}, "has not"),
+        ({("a.0.up", "shift"): np.zeros(31)}, "expected finite numbers of shape"),
+        ({("a.0.up", "score"): np.full(32, np.nan)}, "NaN"),
+        ({("a.0.up", "low_rank_out"): np.zeros((4, 7))}, "low_rank"),
+        ({("a.0.up", "curve"): np.zeros(32)}, "unknown kind"),
+    ],
+)
+def test_vectors_that_do_not_fit(vectors: dict[tuple[str, str], np.ndarray], message: str) -> None:
+    with pytest.raises(nncf.ValidationError, match=message):
+        with_vectors().with_vectors(vectors)
+
+
+@pytest.mark.parametrize("pattern", [[16, 16], [0, 4], [2], "2:4", [2, 4.5], [-1, 4]])
+def test_bad_patterns_in_a_file(pattern: object) -> None:
+    data = json.loads(with_vectors().to_json())
+    data["sites"][0]["layers"][0]["pattern"] = pattern
+    with pytest.raises(nncf.ValidationError, match="schema"):
+        Plan.from_json(json.dumps(data))
+
+
+def test_a_pattern_must_divide_the_width_of_the_model() -> None:
+    plan = with_vectors()
+    other = Plan((replace(plan.sites[0], layers=(replace(plan.layers[0], in_features=0, vectors=()),)),), "nm")
+    with pytest.raises(nncf.ValidationError, match="do not divide"):
+        other.bind({"a.0.up": (40, 7)})
