@@ -5,6 +5,7 @@ The sparse operations as torch ops: one call for every device, shape and row cou
 ========================== =============================================================================================
 ``scap_nncf::sparse_fc``    ``prune(x - mode) @ W + bias + residual``, one threshold an output segment
 ``scap_nncf::sparse_glu``   ``act(gate) * up`` of two FC layers over one tensor
+``scap_nncf::gated_up``     ``act(gate) * (x @ W^T + bias)`` where the gate is open (CATS), zero elsewhere
 ``scap_nncf::prune``        ``x - mode`` where ``|x - mode| > threshold``, zero elsewhere
 ========================== =============================================================================================
 
@@ -26,9 +27,9 @@ import torch
 
 from . import reference
 from .reference import ACTIVATIONS, fuse_bias
-from .triton.dispatch import MAX_ROWS, prefer_dense
+from .triton.dispatch import MAX_GATED_ROWS, MAX_ROWS, prefer_dense
 
-__all__ = ["fuse_bias", "input_major", "prune", "sparse_fc", "sparse_glu"]
+__all__ = ["fuse_bias", "gated_up", "input_major", "prune", "sparse_fc", "sparse_glu"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -42,6 +43,11 @@ torch.library.define(
     "scap_nncf::sparse_glu",
     "(Tensor x, Tensor weight, float gate_threshold, float up_threshold, float mode=0.0, str activation='silu', "
     "Tensor? bias=None, bool deterministic=True, float sparsity=0.5) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "scap_nncf::gated_up",
+    "(Tensor gate, Tensor x, Tensor weight, float threshold, str activation='silu', Tensor? bias=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
@@ -117,6 +123,29 @@ def sparse_glu(
     return torch.ops.scap_nncf.sparse_glu(
         x, weight, gate_threshold, up_threshold, mode, activation, bias, deterministic, sparsity
     )
+
+
+def gated_up(
+    gate: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    threshold: float,
+    activation: str = "silu",
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The second layer of a gated feed-forward, skipping the weights of closed gates; :func:`.reference.gated_up`.
+
+    :param gate: [..., N] in the dtype of `x`, before the activation.
+    :param x: [..., K], float32, float16 or bfloat16 (float64 too on a CPU).
+    :param weight: [N, K] in the dtype of `x`, as ``torch.nn.Linear`` stores it.
+    :param threshold: τ on the size of the activated gate; negative keeps everything.
+    :param bias: [N] or None.
+    :return: [..., N] in the dtype of `x`.
+    :raises TypeError: for dtypes that are not floating or do not match.
+    :raises ValueError: for shapes or devices that do not fit, or an unknown activation.
+    """
+    return torch.ops.scap_nncf.gated_up(gate, x, weight, threshold, activation, bias)
 
 
 def prune(x: torch.Tensor, mode: float, threshold: float) -> torch.Tensor:
@@ -195,6 +224,18 @@ def _check_glu(x: torch.Tensor, weight: torch.Tensor, activation: str, bias: tor
     if activation not in ACTIVATIONS:
         raise ValueError(f"Unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
     _check_extra("bias", bias, (weight.shape[1],), x)
+
+
+def _check_gated_up(
+    gate: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, activation: str, bias: torch.Tensor | None
+) -> None:
+    _check_pair(x, weight.t() if weight.dim() == 2 else weight)
+    if gate.dtype != x.dtype:
+        raise TypeError(f"gate is {gate.dtype} and x is {x.dtype}; cast one of them so that they are equal.")
+    _check_extra("gate", gate, (*x.shape[:-1], weight.shape[0]), x)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"Unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
+    _check_extra("bias", bias, (weight.shape[0],), x)
 
 
 # -- which path ------------------------------------------------------------------------------------
@@ -375,6 +416,37 @@ def _sparse_glu_fake(
 ):  # type: ignore[no-untyped-def]
     _check_glu(x, weight, activation, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[1] // 2))
+
+
+@torch.library.impl("scap_nncf::gated_up", "CPU")
+def _gated_up_cpu(gate, x, weight, threshold, activation="silu", bias=None):  # type: ignore[no-untyped-def]
+    _check_gated_up(gate, x, weight, activation, bias)
+    return reference.gated_up(gate, x, weight, threshold, activation, bias)
+
+
+@torch.library.impl("scap_nncf::gated_up", "CUDA")
+def _gated_up_cuda(gate, x, weight, threshold, activation="silu", bias=None):  # type: ignore[no-untyped-def]
+    _check_gated_up(gate, x, weight, activation, bias)
+    n, k = weight.shape
+    flat = x.reshape(-1, k)
+    rows = flat.shape[0]
+    plain = x.dtype != torch.float64 and weight.stride(1) == 1 and _kernels_unavailable(x.device) is None
+    if plain and 0 < rows <= MAX_GATED_ROWS and k and n:
+        from .triton.gated_up import launch_gated_up
+
+        out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+        bias = None if bias is None else bias.contiguous()
+        gate = gate.reshape(-1, n).contiguous()
+        launch_gated_up(gate, flat.contiguous(), weight, threshold, activation, bias, out)
+        return out.view(*x.shape[:-1], n)
+    opened = reference.open_gate(gate, threshold, activation).to(x.dtype)
+    return opened * torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+@torch.library.register_fake("scap_nncf::gated_up")
+def _gated_up_fake(gate, x, weight, threshold, activation="silu", bias=None):  # type: ignore[no-untyped-def]
+    _check_gated_up(gate, x, weight, activation, bias)
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
 @torch.library.impl("scap_nncf::prune", "CPU")

@@ -22,4 +22,3 @@ def own_cache(tmp_path, monkeypatch):
     """Tuned tiles of the user must not decide a test, nor a test write there."""
     monkeypatch.setenv("SCAP_NNCF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(tmp_path / "triton")))
-
