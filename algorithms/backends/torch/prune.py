@@ -10,6 +10,7 @@ inside models wrapped by NNCF, under ``torch.compile`` and for export.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import nncf
@@ -42,6 +43,8 @@ class Pruner:
         self.threshold = layer.threshold
         self.decode_only = decode_only
         self.enabled = True
+        self.forced: bool | None = None  # see `token_policy`
+        self.counted: torch.Tensor | None = None
         self.counting = True
         self.zeros: torch.Tensor | int = 0
         self.total = 0
@@ -50,6 +53,8 @@ class Pruner:
         """Whether this call is pruned, from the policy and the shape [..., T, IC]."""
         if not self.enabled:
             return False
+        if self.forced is not None:
+            return self.forced
         if not self.decode_only:
             return True
         tokens = x.shape[-2] if x.dim() >= 2 else 1
@@ -61,8 +66,11 @@ class Pruner:
             return None
         z = prune(x, self.mode, self.threshold)
         if self.counting and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            self.zeros = self.zeros + (z == 0).sum()  # stays on the device: no synchronisation
-            self.total += z.numel()
+            zeros, tokens = z == 0, z.numel() // max(z.shape[-1], 1)
+            if self.counted is not None and self.counted.shape == z.shape[:-1]:
+                zeros, tokens = zeros & self.counted.unsqueeze(-1), int(self.counted.sum())
+            self.zeros = self.zeros + zeros.sum()  # stays on the device: no synchronisation
+            self.total += tokens * z.shape[-1]
         if args:
             return (z, *args[1:]), kwargs
         name = next(iter(kwargs))
@@ -149,6 +157,29 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
         model.__dict__[DEPLOYMENT].set_enabled(enabled)
     for _, pruner in named_pruners(model):
         pruner.enabled = enabled
+
+
+@contextmanager
+def token_policy(
+    model: nn.Module, prune_all: bool | None = None, counted: torch.Tensor | None = None
+) -> Iterator[None]:
+    """
+    Inside the context, a forward pass stands for tokens that in use would come otherwise: the tokens of a whole text at
+    once for tokens that would come one by one.
+
+    :param prune_all: True prunes every token, False none, whatever the policy of the plan and the shape of the input;
+        None leaves it to these.
+    :param counted: bool [B, T], on the model's device: the tokens that count for the realised sparsity, where a layer
+        sees [B, T, IC]; None counts all.
+    """
+    pruners = [pruner for _, pruner in named_pruners(model)]
+    for pruner in pruners:
+        pruner.forced, pruner.counted = prune_all, counted
+    try:
+        yield
+    finally:
+        for pruner in pruners:
+            pruner.forced, pruner.counted = None, None
 
 
 def counts(model: nn.Module) -> dict[str, tuple[int, int]]:
