@@ -41,7 +41,7 @@ from torch import nn
 
 from scap_nncf._version import __version__
 from scap_nncf.algorithms.backends.torch import function_hooks
-from scap_nncf.algorithms.backends.torch.prune import DEPLOYMENT
+from scap_nncf.algorithms.backends.torch.prune import DEPLOYMENT, IN_PLAN
 from scap_nncf.algorithms.base import builder_for
 from scap_nncf.algorithms.plan import PLAN_FILE, Plan
 from scap_nncf.algorithms.scap.calibration import statistics_of_plan
@@ -204,7 +204,7 @@ def _extra_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: _plain(name, buffer)
         for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name not in saved and not name.startswith(_HOOKS)
+        if name not in saved and not name.startswith(_HOOKS) and name.rpartition(".")[2] not in IN_PLAN
     }
 
 

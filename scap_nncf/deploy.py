@@ -328,9 +328,12 @@ class Deployment:
 def _replace_layers(deployment: Deployment, plan: Plan) -> None:
     model = deployment.model
     deployment.decode_only = plan.prune == "decode"
-    reasons = {layer.name: _unsupported(model.get_submodule(layer.name)) for layer in plan.layers}
+    reasons = {
+        layer.name: _simulated_only(layer) or _unsupported(model.get_submodule(layer.name)) for layer in plan.layers
+    }
+    simulated = [name for layer in plan.layers for name in [_simulated_only(layer)] if name is not None]
     try:
-        weights = _take_over(deployment)
+        weights = _take_over(deployment, simulated)
         reasons |= {name: None for name in weights if name in reasons}
     except CannotTakeOver as error:
         deployment.undo()
@@ -364,12 +367,27 @@ def _replace_layers(deployment: Deployment, plan: Plan) -> None:
         deployment.taken.bypass()
 
 
-def _take_over(deployment: Deployment) -> dict[str, QuantWeight]:
-    """Packed weights of all layers that NNCF compressed; its compressed embeddings are replaced."""
+def _simulated_only(layer: LayerPlan) -> str | None:
+    """What of a layer's plan no kernel computes, or None."""
+    if layer.is_plain:
+        return None
+    if layer.pattern is not None:
+        return "no kernel selects N:M patterns"
+    return "no kernel computes its error mitigation"
+
+
+def _take_over(deployment: Deployment, simulated: Sequence[str]) -> dict[str, QuantWeight]:
+    """
+    Packed weights of all layers that NNCF compressed; its compressed embeddings are replaced.
+
+    :param simulated: why layers have to stay simulated, which needs NNCF's own modules.
+    """
     model = deployment.model
     deployment.taken = taken = take_over(model)
     if taken is None:
         return {}
+    if simulated:
+        raise CannotTakeOver(f"a plan of which {simulated[0]}")
     for name in taken.layers:
         reason = _unsupported_module(model.get_submodule(name))
         if reason is not None:

@@ -3,14 +3,16 @@
 Simulated pruning of a PyTorch model: hooks on FC modules, nothing in the model's code or weights changes.
 
 Each pruned layer gets a forward pre-hook that computes ``z = x − η`` with small values dropped, and, where η is not
-zero, a forward hook that adds ``η·W`` (equation 6 of the SCAP paper). Works for any module that computes an FC layer,
-inside models wrapped by NNCF, under ``torch.compile`` and for export.
+zero, a forward hook that adds ``η·W`` (equation 6 of the SCAP paper). N:M patterns and error mitigation hang on the
+same two hooks; :func:`scap_nncf.kernels.reference.mitigated_fc` defines what they compute. Works for any module that
+computes an FC layer, inside models wrapped by NNCF, under ``torch.compile`` and for export.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import nncf
@@ -18,13 +20,21 @@ import torch
 from torch import nn
 
 from scap_nncf.algorithms.backends.torch.layers import input_argument
-from scap_nncf.algorithms.backends.torch.weights import column_sums
-from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan
-from scap_nncf.kernels.reference import prune
+from scap_nncf.algorithms.backends.torch.weights import column_sums, layer_bias, project
+from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan, Vector
+from scap_nncf.kernels.reference import prune, prune_nm, token_shift, variance_factor
+from scap_nncf.kernels.reference.prune import centre
 
 _CONTROLLER = "_scap_controller"
 DEPLOYMENT = "_scap_deployment"  # what scap_nncf.deploy did to the model, while it is deployed
-CORRECTION = "scap_mode_correction"  # non-persistent buffer [OC]: follows the module's device, is not saved
+# Non-persistent buffers: they follow the module's device and are not in its state dict.
+CORRECTION = "scap_mode_correction"  # [OC], what does not depend on the input: η·W, and vectors of the plan
+SHIFT, SCORE = "scap_shift", "scap_score"  # [IC]
+SCALE = "scap_scale"  # [OC], 1 + γ
+COLUMN_SUMS = "scap_column_sums"  # [OC], for the token's own shift
+LOW_RANK_IN, LOW_RANK_OUT = "scap_low_rank_in", "scap_low_rank_out"  # [IC, r] and [r, OC]
+IN_PLAN = (SHIFT, SCORE, SCALE, LOW_RANK_IN, LOW_RANK_OUT)  # follow from the plan's vectors alone
+BUFFERS = (CORRECTION, SHIFT, SCORE, SCALE, COLUMN_SUMS, LOW_RANK_IN, LOW_RANK_OUT)
 
 
 class Pruner:
@@ -32,14 +42,13 @@ class Pruner:
     The pruning at the input of one FC layer.
 
     :param mode: η.
-    :param threshold: τ; negative keeps every value.
     :param decode_only: prune only tokens that come alone (sequence length 1).
     """
 
     def __init__(self, layer: LayerPlan, mode: float, decode_only: bool) -> None:
         self.layer = layer
         # a layer that keeps everything is not centred either: its output is that of the dense layer, bit for bit
-        self.mode = mode if layer.threshold >= 0 else 0.0
+        self.mode = mode if layer.prunes and "shift" not in layer.vectors else 0.0
         self.threshold = layer.threshold
         self.decode_only = decode_only
         self.enabled = True
@@ -48,6 +57,9 @@ class Pruner:
         self.counting = True
         self.zeros: torch.Tensor | int = 0
         self.total = 0
+        # a threshold and a scalar mode; what the plan has besides is at most added to the result
+        self._by_threshold = replace(layer, vectors=tuple(set(layer.vectors) - {"bias", "scale"})).is_plain
+        self._carried: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # from pre-hook to post-hook
 
     def active(self, x: torch.Tensor) -> bool:
         """Whether this call is pruned, from the policy and the shape [..., T, IC]."""
@@ -60,11 +72,11 @@ class Pruner:
         tokens = x.shape[-2] if x.dim() >= 2 else 1
         return tokens == 1
 
-    def pre_hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = input_argument(args, kwargs)
         if not self.active(x):
             return None
-        z = prune(x, self.mode, self.threshold)
+        z = prune(x, self.mode, self.threshold) if self._by_threshold else self._select(module, x)
         if self.counting and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             zeros, tokens = z == 0, z.numel() // max(z.shape[-1], 1)
             if self.counted is not None and self.counted.shape == z.shape[:-1]:
@@ -76,11 +88,45 @@ class Pruner:
         name = next(iter(kwargs))
         return args, {**kwargs, name: z}
 
+    def _select(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What the layer reads in place of x [..., IC], with patterns and error mitigation."""
+        layer, buffers = self.layer, module._buffers
+        u = centre(x, self.mode)
+        if SHIFT in buffers:
+            u = u - buffers[SHIFT]
+        mu = None
+        if layer.token_shift is not None and x.numel():
+            mu = token_shift(u, layer.token_shift)  # [..., 1]
+            u = u - mu
+        if layer.pattern is None:
+            z = prune(u, 0.0, self.threshold)
+        else:
+            z = prune_nm(u, *layer.pattern, buffers.get(SCORE))
+        dropped = u - z if LOW_RANK_IN in buffers else None
+        self._carried = mu, dropped
+        if layer.variance:
+            z = z * variance_factor(u, z)
+        return z.to(x.dtype)
+
     def post_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> Any:
         if not self.active(input_argument(args, kwargs)):
             return None
-        # packed weights do not show the type that the layer computes in
-        return output + getattr(module, CORRECTION).to(output.dtype)
+        buffers, dtype = module._buffers, output.dtype
+        (mu, dropped), self._carried = self._carried, (None, None)
+        scale = buffers.get(SCALE)
+        if scale is not None:
+            output = output * scale.to(dtype)
+        correction = buffers.get(CORRECTION)
+        if correction is not None:
+            # packed weights do not show the type that the layer computes in
+            output = output + correction.to(dtype)
+        sums = buffers.get(COLUMN_SUMS)
+        if mu is not None and sums is not None:
+            output = output + mu.to(dtype) * sums.to(dtype)
+        a, b = buffers.get(LOW_RANK_IN), buffers.get(LOW_RANK_OUT)
+        if dropped is not None and a is not None and b is not None:
+            output = output + (dropped.to(dtype) @ a.to(dtype)) @ b.to(dtype)
+        return output
 
     def reset(self) -> None:
         """Forget the counts."""
@@ -108,16 +154,13 @@ def insert(model: nn.Module, plan: Plan) -> None:
     Nothing is attached if anything fails.
     """
     _refuse_deployed(model)
-    corrections = {
-        layer.name: correction(model, site, layer)
-        for site in plan.sites
-        for layer in site.layers
-        if site.mode != 0.0 and layer.threshold >= 0
+    buffers = {
+        layer.name: _buffers(model, site, layer, plan.vectors_of(layer)) for site in plan.sites for layer in site.layers
     }
     for site in plan.sites:
         for layer in site.layers:
             pruner = Pruner(layer, site.mode, plan.prune == "decode")
-            attach(model.get_submodule(layer.name), pruner, corrections.get(layer.name))
+            attach(model.get_submodule(layer.name), pruner, buffers[layer.name])
 
 
 def correction(model: nn.Module, site: SitePlan, layer: LayerPlan) -> torch.Tensor:
@@ -125,12 +168,55 @@ def correction(model: nn.Module, site: SitePlan, layer: LayerPlan) -> torch.Tens
     return site.mode * column_sums(model, layer.name)
 
 
-def attach(module: nn.Module, pruner: Pruner, mode_correction: torch.Tensor | None) -> None:
-    """Hook a pruner onto its FC module; `mode_correction` is η·W [OC], or None where η = 0."""
+def _buffers(
+    model: nn.Module, site: SitePlan, layer: LayerPlan, vectors: Mapping[str, Vector]
+) -> dict[str, torch.Tensor]:
+    """
+    What the hooks of a layer read, float32 on its device: the plan's vectors, with all that does not depend on the
+    input put together into one vector that is added.
+    """
+    given = {kind: torch.from_numpy(value.copy()) for kind, value in vectors.items()}
+    held: dict[str, torch.Tensor] = {}
+    added: torch.Tensor | None = None
+    if "shift" in given and layer.prunes:
+        held[SHIFT] = given["shift"]
+        added = project(model, layer.name, given["shift"])
+    elif site.mode != 0.0 and layer.prunes:
+        added = correction(model, site, layer)
+    if layer.token_shift is not None:
+        held[COLUMN_SUMS] = column_sums(model, layer.name)
+    if "score" in given:
+        held[SCORE] = given["score"]
+    if "low_rank_in" in given:
+        held[LOW_RANK_IN], held[LOW_RANK_OUT] = given["low_rank_in"], given["low_rank_out"]
+    device = torch.device("cpu") if added is None else added.device
+    if "scale" in given:
+        gamma = given["scale"].to(device)
+        held[SCALE] = 1 + gamma
+        for name in (COLUMN_SUMS, LOW_RANK_OUT):
+            if name in held:
+                held[name] = held[name] * held[SCALE].to(held[name].device)
+        added = added * held[SCALE] if added is not None else torch.zeros_like(gamma)
+        bias = layer_bias(model, layer.name)  # the layer's own bias is not scaled
+        if bias is not None:
+            added = added - gamma * bias.float().to(device)
+    if "bias" in given:
+        added = given["bias"] if added is None else added + given["bias"].to(device)
+    if added is not None:
+        held[CORRECTION] = added
+    return held
+
+
+def attach(module: nn.Module, pruner: Pruner, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Hook a pruner onto its FC module, with what its hooks read (see ``BUFFERS``)."""
     module.register_forward_pre_hook(pruner.pre_hook, with_kwargs=True)
-    if mode_correction is not None:
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        module.register_buffer(CORRECTION, mode_correction.to(dtype), persistent=False)
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    for name, value in buffers.items():
+        value = value.to(device, dtype if name == CORRECTION else None)
+        module.register_buffer(name, value, persistent=False)
+    if set(buffers) - {SHIFT, SCORE}:
         module.register_forward_hook(pruner.post_hook, with_kwargs=True)
 
 
@@ -146,9 +232,9 @@ def remove(model: nn.Module) -> None:
             for key in ours:
                 del hooks[key]
                 extra.pop(key, None)
-        if CORRECTION in module._buffers:
-            del module._buffers[CORRECTION]
-            module._non_persistent_buffers_set.discard(CORRECTION)
+        for name in [name for name in BUFFERS if name in module._buffers]:
+            del module._buffers[name]
+            module._non_persistent_buffers_set.discard(name)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:

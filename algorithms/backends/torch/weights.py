@@ -29,17 +29,79 @@ def column_sums(model: nn.Module, name: str) -> torch.Tensor:
     return _probe(module)
 
 
-def _probe(module: nn.Module) -> torch.Tensor:
+def project(model: nn.Module, name: str, vector: torch.Tensor) -> torch.Tensor:
+    """
+    ``vector @ W`` of an FC layer, for a shift of each channel.
+
+    :param vector: float32 [in_features].
+    :return: float32 [out_features] on the layer's device.
+    """
+    module = model.get_submodule(name)
+    matrix = _matrix(model, name)
+    if matrix is not None:
+        return (vector.to(matrix.device, torch.float64) @ matrix.double()).float()
+    size = float(vector.abs().max())  # rows near one: small numbers would drown in the bias
+    return size * _probe(module, vector / size) if size > 0 else torch.zeros_like(_probe(module))
+
+
+def dense_weight(model: nn.Module, name: str) -> torch.Tensor:
+    """
+    The weights that a layer computes with, whatever their format, as float32 [in_features, out_features].
+
+    Of formats that are not known the layer is asked for its result on unit vectors. What AWQ multiplies the layer's
+    input with counts as part of the weights.
+    """
+    matrix = _matrix(model, name)
+    if matrix is not None:
+        return matrix.float()
+    module = model.get_submodule(name)
+    rows = torch.eye(module.in_features).split(256)  # type: ignore[arg-type]
+    return torch.cat([_probe(module, part) for part in rows])
+
+
+def layer_bias(model: nn.Module, name: str) -> torch.Tensor | None:
+    """The bias of an FC layer [out_features], or None where it has none."""
+    module = model.get_submodule(name)
+    bias = getattr(module, "bias", None)
+    if bias is None or isinstance(bias, torch.Tensor):
+        return None if bias is None else bias.detach()
+    zeros = _floating(torch.zeros(1, module.in_features), module)  # type: ignore[arg-type]
+    with torch.no_grad():
+        return module.forward(zeros)[0]
+
+
+def _matrix(model: nn.Module, name: str) -> torch.Tensor | None:
+    """W [in_features, out_features] with the scale of AWQ where it can be read; None for an unknown format."""
+    module = model.get_submodule(name)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return None
+    if _is_wrapped(model):
+        dense, scale = _nncf_matrix(model, name, weight)
+        return dense if scale is None else scale.float()[:, None] * dense.float()
+    if type(module) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point():
+        return weight.detach().t()
+    if type(module).__name__ == "Conv1D" and weight.is_floating_point():
+        return weight.detach()
+    return None
+
+
+def _floating(rows: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """Rows on the device and in the type that a layer computes with."""
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     bias = getattr(module, "bias", None)
-    if isinstance(bias, torch.Tensor):
-        dtype = bias.dtype
-    rows = torch.stack([torch.ones(module.in_features), torch.zeros(module.in_features)])  # type: ignore[arg-type]
+    return rows.to(device, bias.dtype if isinstance(bias, torch.Tensor) else dtype)
+
+
+def _probe(module: nn.Module, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """``FC(rows) − FC(0)``, of ones where no rows are given; float32 [out_features] or [n, out_features]."""
+    given = torch.ones(module.in_features) if rows is None else rows  # type: ignore[arg-type]
+    stacked = torch.cat([torch.atleast_2d(given.cpu()), torch.zeros(1, given.shape[-1])])
     with torch.no_grad():
-        ones, zeros = module.forward(rows.to(device, dtype)).float()  # forward: no hooks of ours or others
-    return ones - zeros
+        result = module.forward(_floating(stacked, module)).float()  # forward: no hooks of ours or others
+    return (result[:-1] - result[-1]).reshape(*given.shape[:-1], -1)
 
 
 def _is_wrapped(model: nn.Module) -> bool:
@@ -49,6 +111,14 @@ def _is_wrapped(model: nn.Module) -> bool:
 
 
 def _nncf_column_sums(model: nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
+    matrix, scale = _nncf_matrix(model, name, weight)
+    if scale is None:
+        return matrix.sum(dim=0, dtype=torch.float64).float()
+    return (scale.double() @ matrix.double()).float()
+
+
+def _nncf_matrix(model: nn.Module, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """W [in_features, out_features] after NNCF's hooks, and what it multiplies the layer's input with."""
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
     from scap_nncf.algorithms.backends.torch.function_hooks import input_scale
@@ -59,10 +129,7 @@ def _nncf_column_sums(model: nn.Module, name: str, weight: torch.Tensor) -> torc
         names = [key for key, value in model.named_parameters(remove_duplicate=False) if value is weight]
         hooked = (key for key in names if f"{key.replace('.', ':')}__0" in storage.post_hooks)
         dense = storage.execute_post_function_hooks(next(hooked, f"{name}.weight"), 0, weight)
-        matrix = dense if type(model.get_submodule(name)).__name__ == "Conv1D" else dense.t()  # [IC, OC]
+        matrix = dense if type(model.get_submodule(name)).__name__ == "Conv1D" else dense.t()
         # AWQ and SmoothQuant multiply the activation right before the matrix product. Quantisers of the activation
         # that NNCF puts there as well are left out: their range is that of activations, not of ones.
-        scale = input_scale(model, name)
-        if scale is None:
-            return matrix.sum(dim=0, dtype=torch.float64).float()
-        return (scale.double() @ matrix.double()).float()
+        return matrix, input_scale(model, name)
