@@ -28,9 +28,9 @@ class Samples:
         if dataset is None:
             msg = "Calibration needs a dataset: pass dataset=nncf.Dataset(...), or plan= to reuse a calibration."
             raise nncf.ValidationError(msg)
-        if isinstance(dataset, (str, bytes, Mapping)) or not (
-            isinstance(dataset, nncf.Dataset) or hasattr(dataset, "__iter__")
-        ):
+        # a tensor is iterable as well, over its rows
+        lone = isinstance(dataset, (str, bytes, Mapping)) or hasattr(dataset, "dtype")
+        if lone or not (isinstance(dataset, nncf.Dataset) or hasattr(dataset, "__iter__")):
             msg = (
                 f"dataset must be a nncf.Dataset or an iterable of samples, got {type(dataset).__name__}. "
                 "Wrap a single sample or text into a list."

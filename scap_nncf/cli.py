@@ -574,11 +574,7 @@ def _from_plan(model: Any, folder: Path, spec: Any, mode: Mode | None, prune: Pr
     if spec is not None:
         controller.set_sparsity(spec, mode=None if mode is None else mode.value, prune=policy)
     elif policy != controller.plan.prune:
-        plan, sites, histograms = controller.plan.with_prune(policy), controller.sites, controller.histograms
-        controller.strip()
-        scap_nncf.compress(model, plan=plan)
-        controller = scap_nncf.get_controller(model)
-        controller.sites, controller.histograms = sites, histograms
+        controller.set_prune(policy)
     return controller
 
 

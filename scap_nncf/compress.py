@@ -58,10 +58,18 @@ def compress(
     :raises nncf.ValidationError: bad settings, data or plan, or the model is compressed by this already.
     :raises nncf.ParameterNotSupportedError: unknown algorithm or setting.
     """
-    backend_of(model)  # an unsupported model is refused before anything else
+    inner = _without_compiler(model)
+    backend_of(inner)  # an unsupported model is refused before anything else
     if plan is not None:
-        return _apply_plan(model, algorithm, plan, dataset, settings)
-    return apply_steps(model, builders_of(algorithm, settings), dataset, tokenizer)
+        result = _apply_plan(inner, algorithm, plan, dataset, settings)
+    else:
+        result = apply_steps(inner, builders_of(algorithm, settings), dataset, tokenizer)
+    return model if result is inner else result
+
+
+def _without_compiler(model: Any) -> Any:
+    """The model behind the wrapper of ``torch.compile``: its layers have the names that they have everywhere else."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _apply_plan(model: Any, algorithm: Any, plan: Any, dataset: Any, settings: dict[str, Any]) -> Any:
@@ -95,7 +103,7 @@ def calibrate(model: Any, *, dataset: Any, tokenizer: Any = None, **settings: An
 
     :param settings: fields of :class:`scap_nncf.Scap`; the sparsity says which sites are gathered (default: all).
     """
-    _, statistics = ScapBuilder(Scap(**settings)).calibrate(model, dataset, tokenizer)
+    _, statistics = ScapBuilder(Scap(**settings)).calibrate(_without_compiler(model), dataset, tokenizer)
     return statistics
 
 
@@ -103,20 +111,22 @@ def inspect_model(
     model: Any,
     sample: Any = None,
     *,
-    roles: Sequence[str] | None = None,
+    roles: str | Sequence[str] | None = None,
     ignored_scope: nncf.IgnoredScope | None = None,
 ) -> ModelReport:
     """
     What would be pruned in a model, and what would stay dense and why; nothing is changed.
 
     :param sample: what the model can be called with; default: the model's dummy inputs or a few token ids.
-    :param roles: only layers that one of these selectors names: roles, groups (``attn``, ``ffn``, ``all``) or ``re:``
-        patterns.
+    :param roles: only layers that this selector, or one of these, names: roles, groups (``attn``, ``ffn``, ``all``) or
+        ``re:`` patterns.
     :param ignored_scope: layers to leave dense.
     :return: a report whose ``str()`` is a table.
     :raises nncf.ValidationError: a selector names nothing, or the model cannot take the sample.
     :raises nncf.UnsupportedModelError: the model has no fully connected layer.
     """
+    model = _without_compiler(model)
+    roles = [roles] if isinstance(roles, str) else roles
     return backend_of(model).inspect_model(model, sample, roles, ignored_scope)
 
 

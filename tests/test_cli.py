@@ -136,6 +136,12 @@ def test_compress_from_a_plan(run, tmp_path, tiny_model_dir, plan_folder):
     code, _, err = run("compress", tiny_model_dir, "--plan", again, "--sparsity", "0.5", "--output", tmp_path / "back")
     assert code == 0, err
     assert scap_nncf.Plan.load(tmp_path / "back").sites == before.sites
+    # another policy alone: thresholds and statistics stay
+    code, _, err = run("compress", tiny_model_dir, "--plan", again, "--prune", "all", "--output", tmp_path / "policy")
+    assert code == 0, err
+    policy, decode = scap_nncf.Plan.load(tmp_path / "policy"), scap_nncf.Plan.load(again)
+    assert (policy.prune, policy.sites) == ("all", decode.sites)
+    assert (tmp_path / "policy" / "statistics.safetensors").is_file()
     code, _, err = run("compress", tiny_model_dir, "--plan", again, "--samples", 3)
     assert code == 2
     assert "--samples" in err

@@ -43,7 +43,6 @@ class ScapBuilder(CompressionBuilder):
 
         :raises nncf.ValidationError: bad settings or data, or the model is sparse already.
         """
-        _refuse_sparse(model)
         plan, calibration = self.calibrate(model, dataset, tokenizer)
         return _insert(model, plan, calibration)
 
@@ -58,7 +57,12 @@ class ScapBuilder(CompressionBuilder):
         return backend_of(model).inspect_model(model, sample, self.config.roles, self.config.ignored_scope, wanted)
 
     def calibrate(self, model: Any, dataset: Any, tokenizer: Any = None) -> tuple[Plan, CalibrationStatistics]:
-        """Gather statistics and plan; the model is not changed."""
+        """
+        Gather statistics and plan; the model is not changed.
+
+        :raises nncf.ValidationError: as :meth:`build`.
+        """
+        _refuse_sparse(model)
         samples: Any = Samples(dataset, tokenizer, self.config.subset_size)
         sites = self.find_sites(model, samples.first()).sites
         targets = sparsity_spec.resolve(self.config.sparsity, sites)

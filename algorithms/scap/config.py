@@ -37,7 +37,7 @@ class Scap:
     :param prune: ``all`` prunes every token; ``decode`` leaves prompts dense and prunes tokens that come alone.
     :param sequential: calibrate every site with the pruned output of the sites before it, as the reference
         implementation does. False takes all statistics from the dense model in one streaming pass.
-    :param roles: only layers that one of these selectors names may be pruned.
+    :param roles: only layers that this selector, or one of these, names may be pruned.
     :param ignored_scope: layers to leave dense, by module name, regular expression or class name.
     :param subset_size: at most this many samples of the dataset are used; None uses all.
     """
@@ -48,11 +48,13 @@ class Scap:
     allocation_samples: int = 8
     prune: str = "all"
     sequential: bool = False
-    roles: Sequence[str] | None = None
+    roles: str | Sequence[str] | None = None
     ignored_scope: nncf.IgnoredScope | None = None
     subset_size: int | None = 128
 
     def __post_init__(self) -> None:
+        if isinstance(self.roles, str):
+            object.__setattr__(self, "roles", (self.roles,))
         sparsity_spec.parse(self.sparsity)
         check_mode_method(self.mode)
         check_prune(self.prune)

@@ -35,6 +35,7 @@ class ScapController(CompressionController):
         self._model = model
         self.plan = plan
         self.calibration = calibration
+        self._stripped = False
 
     def __repr__(self) -> str:
         plan = self.plan
@@ -56,14 +57,17 @@ class ScapController(CompressionController):
 
     def reset_counters(self) -> None:
         """Start counting the realised sparsity anew."""
+        self._check_not_stripped()
         backend_of(self._model).reset_counts(self._model)
 
     def enable(self) -> None:
         """Prune again after :meth:`disable`."""
+        self._check_not_stripped()
         backend_of(self._model).set_enabled(self._model, True)
 
     def disable(self) -> None:
         """Run dense until :meth:`enable`; nothing is counted meanwhile."""
+        self._check_not_stripped()
         backend_of(self._model).set_enabled(self._model, False)
 
     @contextmanager
@@ -111,8 +115,24 @@ class ScapController(CompressionController):
         )
         sites = tuple(site_plan for site_plan in plans if site_plan is not None)
         settings["sparsity"] = dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
+        settings["prune"] = prune or self.plan.prune
         made_by = {**self.plan.made_by, "settings": settings}
         plan = replace(self.plan, sites=sites, made_by=made_by).with_prune(prune or self.plan.prune)
+        return self._change(plan)
+
+    def set_prune(self, prune: str) -> Plan:
+        """
+        Change the token policy, ``all`` or ``decode``.
+
+        :return: the new plan.
+        :raises nncf.ValidationError: no such policy.
+        """
+        settings = {**(self.plan.made_by.get("settings") or {}), "prune": prune}
+        return self._change(replace(self.plan.with_prune(prune), made_by={**self.plan.made_by, "settings": settings}))
+
+    def _change(self, plan: Plan) -> Plan:
+        """Prune by another plan; by the old one still, if that fails."""
+        self._check_not_stripped()
         backend = backend_of(self._model)
         backend.remove(self._model)
         try:
@@ -122,6 +142,11 @@ class ScapController(CompressionController):
             raise
         self.plan = plan
         return plan
+
+    def _check_not_stripped(self) -> None:
+        if self._stripped:
+            msg = "The pruning was stripped; put it back with nncf.compress(model, plan=controller.plan)."
+            raise nncf.ValidationError(msg)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """
@@ -139,10 +164,12 @@ class ScapController(CompressionController):
         return target
 
     def strip(self) -> Any:
-        """Take all pruning out; returns the model as it was before compression."""
-        backend = backend_of(self._model)
-        backend.remove(self._model)
-        backend.store_controller(self._model, None)
+        """Take all pruning out; returns the model as it was before compression. The controller keeps its plan only."""
+        if not self._stripped:
+            backend = backend_of(self._model)
+            backend.remove(self._model)
+            backend.store_controller(self._model, None)
+            self._stripped = True
         return self._model
 
 

@@ -104,6 +104,8 @@ def test_experts_in_3d_parameters_are_named_as_left_out(tiny_model: Factory) -> 
 
 
 def test_selection(tiny_llama: nn.Module) -> None:
+    assert scap_nncf.inspect_model(tiny_llama, roles="ffn") == scap_nncf.inspect_model(tiny_llama, roles=["ffn"])
+    assert Scap(roles="ffn", sparsity=np.float32(0.5)) == Scap(roles=("ffn",))
     report = scap_nncf.inspect_model(
         tiny_llama, roles=["ffn", "lm_head"], ignored_scope=nncf.IgnoredScope(patterns=[".*layers\\.0\\.mlp\\.up.*"])
     )
@@ -359,6 +361,24 @@ def test_compiles_without_graph_break(tiny_llama: nn.Module, batches: Factory, m
     assert scap_nncf.get_controller(compiled) is scap_nncf.get_controller(tiny_llama)
 
 
+def test_compressing_a_compiled_model_that_has_run(tiny_llama: nn.Module, batches: Factory) -> None:
+    """torch.compile does not notice hooks that come later: the model would silently stay dense."""
+    sample = batches(1)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny_llama, backend="eager")
+    dense = compiled(**sample).logits
+    assert nncf.compress(compiled, dataset=[sample], sparsity=0.5) is compiled
+    sparse = compiled(**sample).logits
+    assert torch.equal(sparse, tiny_llama(**sample).logits)
+    assert not torch.equal(sparse, dense)
+    controller = scap_nncf.get_controller(compiled)
+    assert controller.plan.sites[0].name == "model.layers.0.self_attn.q_proj"
+    controller.set_prune("decode")
+    assert torch.equal(compiled(**sample).logits, dense)
+    controller.strip()
+    assert torch.equal(compiled(**sample).logits, dense)
+
+
 def test_checkpoint_is_that_of_the_dense_model(tiny_llama: nn.Module, batches: Factory, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -417,8 +437,37 @@ def test_controller(tiny_llama: nn.Module, batches: Factory, tmp_path: Path) -> 
     assert torch.equal(tiny_llama(**data[0]).logits, sparse)
     again = scap_nncf.get_controller(tiny_llama)
     assert again.set_sparsity(0.2, mode="zero", prune="all").layers
-    fresh = nncf.compress(copy.deepcopy(controller.strip()), dataset=data, sparsity={"ffn": 0.2}, mode="zero")
+    fresh = nncf.compress(copy.deepcopy(again.strip()), dataset=data, sparsity={"ffn": 0.2}, mode="zero")
     assert again.plan.sites == scap_nncf.get_controller(fresh).plan.sites
+
+
+def test_a_stripped_controller_cannot_prune_behind_the_models_back(tiny_llama: nn.Module, batches: Factory) -> None:
+    nncf.compress(tiny_llama, dataset=batches(1), sparsity=0.5)
+    controller = scap_nncf.get_controller(tiny_llama)
+    before = snapshot(controller.strip())
+    assert controller.strip() is tiny_llama
+    for change in (
+        lambda: controller.set_sparsity(0.3),
+        lambda: controller.set_prune("decode"),
+        controller.enable,
+        controller.disable,
+        controller.reset_counters,
+    ):
+        with pytest.raises(nncf.ValidationError, match="stripped"):
+            change()
+    assert_untouched(tiny_llama, before)
+    assert nncf.compress(tiny_llama, plan=controller.plan) is tiny_llama
+    # a second controller is there now; the first one must not touch its pruning
+    controller.strip()
+    assert scap_nncf.get_controller(tiny_llama).statistics().layers
+
+
+def test_a_sparse_model_has_the_sites_of_the_dense_one(tiny_llama: nn.Module, batches: Factory) -> None:
+    dense = scap_nncf.inspect_model(tiny_llama)
+    nncf.compress(tiny_llama, dataset=batches(1), sparsity=0.5, mode="mean")
+    assert scap_nncf.inspect_model(tiny_llama) == dense
+    with pytest.raises(nncf.ValidationError, match="already"):
+        scap_nncf.calibrate(tiny_llama, dataset=batches(1))
 
 
 def test_copy_of_a_sparse_model_has_its_own_controller(tiny_llama: nn.Module, batches: Factory) -> None:
@@ -476,6 +525,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dataset": []}, nncf.ValidationError, "empty"),
     ({"dataset": None}, nncf.ValidationError, "needs a dataset"),
     ({"dataset": "text"}, nncf.ValidationError, "Wrap"),
+    ({"dataset": torch.ones(2, 5, dtype=torch.int64)}, nncf.ValidationError, "got Tensor. Wrap"),
     ({"dataset": [{"pixel_values": torch.zeros(1)}]}, nncf.ValidationError, "cannot take the first sample"),
     ({"dataset": [torch.tensor([[900]])]}, nncf.ValidationError, "cannot take"),
     ({"plan": "/nowhere/at/all"}, nncf.InvalidPathError, "No plan"),

@@ -99,7 +99,10 @@ def _watch(model: nn.Module, layers: list[tuple[str, nn.Module]], sample: Any) -
         return hook
 
     given = sample if sample is not None else example_inputs(model)
-    handles = [module.register_forward_pre_hook(make_hook(name), with_kwargs=True) for name, module in layers]
+    # first of all hooks: layers of a sparse model read one tensor as well, before each prunes it for itself
+    handles = [
+        module.register_forward_pre_hook(make_hook(name), prepend=True, with_kwargs=True) for name, module in layers
+    ]
     try:
         with evaluation(model):
             forward_sample(model, given, "the first sample" if sample is not None else "the model's dummy inputs")

@@ -10,6 +10,7 @@ computes an FC layer, inside models wrapped by NNCF, under ``torch.compile`` and
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -161,6 +162,7 @@ def insert(model: nn.Module, plan: Plan) -> None:
         for layer in site.layers:
             pruner = Pruner(layer, site.mode, plan.prune == "decode")
             attach(model.get_submodule(layer.name), pruner, buffers[layer.name])
+    forget_compiled_code()
 
 
 def correction(model: nn.Module, site: SitePlan, layer: LayerPlan) -> torch.Tensor:
@@ -235,6 +237,16 @@ def remove(model: nn.Module) -> None:
         for name in [name for name in BUFFERS if name in module._buffers]:
             del module._buffers[name]
             module._non_persistent_buffers_set.discard(name)
+    forget_compiled_code()
+
+
+def forget_compiled_code() -> None:
+    """
+    Make ``torch.compile`` look at models anew: by default it does not notice hooks that come or go, and a model that
+    was compiled and run before would stay as dense, or as sparse, as it was.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
