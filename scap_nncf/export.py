@@ -79,6 +79,7 @@ def export_openvino(
             task = _export_dense(model, partial, preprocessors, task, compress_to_fp16)
         gc.collect()  # the traced graph holds a copy of the weights
         if controller is not None:
+            _check_scales(model, controller.plan, partial)
             insert_into_folder(partial, controller.plan, controller.calibration)
     return Path(folder)
 
@@ -111,6 +112,35 @@ def insert_into_folder(folder: Path, plan: Plan, calibration: CalibrationStatist
     for suffix in (".xml", ".bin"):
         (folder / f"sparse{suffix}").replace((folder / MODEL_FILE).with_suffix(suffix))
     ScapController(None, plan, calibration).save(folder)
+
+
+def _check_scales(model: nn.Module, plan: Plan, folder: Path) -> None:
+    """
+    SmoothQuant and AWQ multiply the input of layers, and thresholds are those of the input before that. OpenVINO fuses
+    such a factor with a layer norm before it, and then the graph no longer has that input.
+
+    :raises nncf.UnsupportedModelError: that has happened to a layer that is pruned.
+    """
+    from scap_nncf.algorithms.backends.openvino.feed import core
+    from scap_nncf.algorithms.backends.openvino.layers import find_layers, scale_of
+    from scap_nncf.algorithms.backends.torch.function_hooks import resolve
+
+    pruned = {layer.name for layer in plan.layers if layer.threshold >= 0}
+    scaled = pruned & set(resolve(model))
+    if not scaled or not (folder / MODEL_FILE).is_file():
+        return
+    lost = [
+        layer.name
+        for layer in find_layers(core().read_model(folder / MODEL_FILE))[0]
+        if layer.name in scaled and not any(scale_of(node) is not None for node in layer.calls[0].chain)
+    ]
+    if lost:
+        msg = (
+            f"The export fuses the factors of SmoothQuant or AWQ into the layer norms before {len(lost)} layers, such "
+            f"as {lost[0]}, so their thresholds fit nothing in the graph. Export the unquantised model, then quantise "
+            "and prune the OpenVINO model: nncf.compress(ir, algorithm=[Quantization(), Scap(...)], dataset=dataset)."
+        )
+        raise nncf.UnsupportedModelError(msg)
 
 
 def _export_dense(

@@ -58,6 +58,16 @@ _TASKS = (
     ("Model", "feature-extraction"),
 )
 _IMAGE_TASKS = ("image-classification",)
+#: One of these makes a tokenizer.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+)
 
 
 def from_pretrained(
@@ -242,6 +252,8 @@ def export_arguments(given: Namespace, algorithm: Any, data: Any, plan: Any, ove
     check_target(target, overwrite)
     given = Namespace(**vars(given))
     given.model = _resolve(given.model)
+    source = Path(given.model)
+    without_tokenizer = source.is_dir() and not _has_tokenizer(source)
     if given.task == "auto":
         given.task = task_of(given.model, {"trust_remote_code": given.trust_remote_code, "cache_dir": given.cache_dir})
     with new_folder(target, overwrite) as partial:
@@ -254,6 +266,8 @@ def export_arguments(given: Namespace, algorithm: Any, data: Any, plan: Any, ove
                 raise
             msg = f"Optimum-Intel cannot export {given.model}: {type(error).__name__}: {error}"
             raise nncf.UnsupportedModelError(msg) from error
+        if without_tokenizer:
+            _remove_tokenizer(partial)
         _sparsify_folder(partial, algorithm, data, plan, given.task)
     return target
 
@@ -343,20 +357,27 @@ def _tokenizer(ref: str | os.PathLike[str]) -> Any:
     """
     transformers = require("transformers", "optimum", _PURPOSE)
     folder = Path(ref)
-    missing = folder.is_dir() and not any(
-        (folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")
-    )
     try:
-        if missing:  # transformers would make up an empty one
-            raise OSError("the folder has neither tokenizer_config.json nor tokenizer.json")
+        if folder.is_dir() and not _has_tokenizer(folder):  # transformers would make up an empty one
+            raise OSError("the folder has no tokenizer.json or other file of a tokenizer")
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(ref))
-        # for a model without one, transformers 5 makes up an empty tokenizer, which Optimum then saves beside the IR
-        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # made up earlier, and saved
             raise OSError("it has no words beyond special tokens; the model came without a tokenizer")
         return tokenizer
     except (OSError, ValueError, KeyError) as error:
         msg = f"Calibration on text needs the tokenizer of {ref}, which cannot be loaded: {error}"
         raise nncf.ValidationError(msg) from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken"))
+
+
+def _remove_tokenizer(folder: Path) -> None:
+    """Of a model without one, Optimum saves the empty tokenizer that transformers makes up from the configuration."""
+    for pattern in (*_TOKENIZER_FILES, "special_tokens_map.json", "openvino_tokenizer.*", "openvino_detokenizer.*"):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def text_samples(folder: Path, texts: Sequence[str], length: int, samples: int, seed: int) -> list[Any]:

@@ -269,19 +269,6 @@ def test_recipe_on_a_sparse_model_is_refused(tiny_model: Factory, batches: Batch
 # -- W8A8 --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def reference_quantisers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NNCF compiles its CPU quantisers for minutes at first use; its own PyTorch reference computes the same."""
-    from nncf.torch.quantization import quantize_functions
-    from nncf.torch.quantization.reference import ReferenceQuantizedFunctions
-
-    functions = {
-        "Quantize_forward": ReferenceQuantizedFunctions.Quantize_forward,
-        "Quantize_backward": ReferenceQuantizedFunctions.Quantize_backward,
-    }
-    monkeypatch.setattr(quantize_functions, "QuantizedFunctionsCPU", functions)
-
-
 @pytest.mark.usefixtures("reference_quantisers")
 def test_quantised_activations(tiny_model: Factory, batches: Batches) -> None:
     data, model = batches(6), tiny_model()

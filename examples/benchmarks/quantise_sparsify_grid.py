@@ -2,7 +2,7 @@
 """
 What quantisation and sparsity cost, apart and together: perplexity in PyTorch and in OpenVINO, and the size of the IR.
 
-    python examples/benchmarks/quantise_sparsify_grid.py --eval wiki.test.raw --output results.json
+    python examples/benchmarks/quantise_sparsify_grid.py --eval wikitext2_test.txt.gz --output results.json
 
 The grid is {f32, int8_sym, int8_asym, int4_sym, int4_asym, int4_sym with AWQ and scale estimation} x {dense,
 feed-forward inputs 30 % and 50 % (gate and up, down), all inputs 40 %}. Each quantised model is calibrated as it is;
@@ -13,9 +13,10 @@ token:
     sparsity loss       quantised and sparse  − quantised and dense
     loss together       quantised and sparse  − f32 and dense
 
-OpenVINO runs twice: with INFERENCE_PRECISION_HINT=f32 and no dynamic quantisation of activations (what PyTorch
-computes), and with the CPU plugin's defaults. The results file is written after every cell, and what is in it is not
-measured again. A CSV with the same rows is written beside it.
+Sparsity is realised on the text that the perplexity is measured on. OpenVINO runs twice: with
+INFERENCE_PRECISION_HINT=f32 and no dynamic quantisation of activations (what PyTorch computes), and with the CPU
+plugin's defaults. The results file is written after every cell, and what is in it is not measured again. A CSV with the
+same rows is written beside it.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def measure_ir(
             saved = scap_nncf.save_openvino(model.model, Path(scratch) / "ir")
             row["ir_megabytes"] = sum((saved / f"openvino_model.{end}").stat().st_size for end in ("xml", "bin")) / 1e6
         if plan is not None:
-            windows = [ids[start : start + context].unsqueeze(0) for start in range(0, min(len(ids), 2048), context)]
+            windows = [ids[start : start + context].unsqueeze(0) for start in range(0, len(ids), context)]
             counted = scap_nncf.measure_sparsity(model, [{"input_ids": window} for window in windows])
             row["ov_realised_sparsity"] = counted.realised_sparsity
 
@@ -161,11 +162,23 @@ def measure_ir(
 def read_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What was measured before with the same settings; other settings are refused."""
     if not path.is_file():
-        return {"settings": settings, "environment": environment(), "command": sys.argv[1:], "cells": {}}
+        return {"settings": settings, "environment": environment(), "command": command(), "cells": {}}
     results = json.loads(path.read_text())
     if results["settings"] != settings:
         raise SystemExit(f"{path} was measured with {results['settings']}, not {settings}; choose another --output")
     return results
+
+
+def command() -> str:
+    """What made the results, without the folders of this machine and the split into pieces."""
+    words = ["python", "examples/benchmarks/quantise_sparsify_grid.py"]
+    arguments = iter(sys.argv[1:])
+    for word in arguments:
+        if word == "--only":
+            next(arguments)
+        else:
+            words.append(Path(word).name)
+    return " ".join(words)
 
 
 def environment() -> dict[str, str]:

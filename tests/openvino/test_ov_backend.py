@@ -17,6 +17,7 @@ import torch
 from openvino import opset13 as opset
 
 import scap_nncf
+from scap_nncf import Quantization
 from scap_nncf.algorithms.backends.openvino.layers import find_layers, module_name
 from scap_nncf.kernels.reference import prune
 
@@ -41,15 +42,27 @@ def constants(model: Any) -> Counter[str]:
     return Counter({name: count for name, count in names.items() if name in LOW_BITS})
 
 
+def layer_type(op: Any) -> str:
+    """What the CPU plugin runs for a node of its runtime model."""
+    kind = op.get_rt_info()["layerType"]
+    return kind if isinstance(kind, str) else str(kind.astype(str))
+
+
 def executed(compiled: Any) -> Counter[tuple[str, str]]:
     """(layer type, weight type) of the matrix products that the CPU plugin runs."""
     result: Counter[tuple[str, str]] = Counter()
     for op in compiled.get_runtime_model().get_ordered_ops():
-        kind = op.get_rt_info()["layerType"]
-        kind = kind if isinstance(kind, str) else kind.astype(str)
+        kind = layer_type(op)
         if kind in ("FullyConnected", "MatMul"):
             result[kind, op.input_value(1).get_element_type().get_type_name()] += 1
     return result
+
+
+def activations_of(model: Any, core: ov.Core) -> Counter[str]:
+    """Types in which the activations of fully connected layers arrive at run time, by the plugin's defaults."""
+    operations = core.compile_model(model, "CPU").get_runtime_model().get_ordered_ops()
+    layers = [op for op in operations if layer_type(op) == "FullyConnected"]
+    return Counter(op.input_value(0).get_element_type().get_type_name() for op in layers)
 
 
 def assert_close_plans(first: dict[str, float], second: dict[str, float]) -> None:
@@ -165,6 +178,31 @@ def test_weights_stay_compressed(
     assert np.abs(run_ir(centred, data[0]) - reference).max() < 1e-4
     assert not np.array_equal(run_ir(sparse, data[0]), reference)
     assert np.array_equal(run_ir(controller.strip(), data[0]), reference)
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean"])
+def test_pruning_stands_before_quantisers_of_activations(
+    mode: str, read_ir: Models, run_ir: Models, batches: Models, core: ov.Core, tmp_path: Path
+) -> None:
+    data = batches(2)
+    dense = nncf.compress(read_ir(), algorithm=Quantization(), dataset=data)
+    integers = activations_of(dense, core)
+    assert integers["u8"] + integers["i8"] >= 14
+    reference, nodes = run_ir(dense, data[0]), len(dense.get_ordered_ops())
+    # q, k and v read one scale and one quantiser, and are pruned alike, each otherwise, or only one of them
+    for sparsity in (0.5, {"gate": 0.3, "up": 0.6, "down": 0.5}, {"k": 0.4}):
+        sparse = nncf.compress(dense, dataset=data, sparsity=sparsity, mode=mode)
+        assert activations_of(sparse, core) == integers, "the products must still run on integers"
+        for layer in scap_nncf.measure_sparsity(sparse, data).layers:
+            assert layer.realised_sparsity == pytest.approx(layer.sparsity, abs=0.06)
+        folder = scap_nncf.save_openvino(sparse, tmp_path / f"{len(list(tmp_path.iterdir()))}")
+        again = scap_nncf.load_openvino(folder)
+        result = run_ir(again, data[0])
+        assert np.array_equal(result, run_ir(sparse, data[0]))
+        assert not np.array_equal(result, reference)
+        stripped = scap_nncf.get_controller(again).strip()
+        assert len(stripped.get_ordered_ops()) == nodes
+        assert np.array_equal(run_ir(stripped, data[0]), reference)
 
 
 # -- the inserted nodes ----------------------------------------------------------------------------------------------

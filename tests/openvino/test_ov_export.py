@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import scap_nncf
+from scap_nncf import Quantization, Scap, WeightCompression
+from scap_nncf.algorithms.backends.openvino.feed import feed
 
 Models = Callable[..., Any]
 
@@ -115,6 +117,39 @@ def test_quantised_then_sparse(
     ours = {layer.name: layer.threshold for layer in scap_nncf.get_controller(from_ir).plan.layers}
     for layer in scap_nncf.get_controller(model).plan.layers:
         assert ours[layer.name] == pytest.approx(layer.threshold, rel=1 / 128)
+
+
+@pytest.mark.parametrize(
+    "step", [Quantization(), WeightCompression("int4_sym", group_size=8, awq=True)], ids=["w8a8", "awq"]
+)
+@pytest.mark.usefixtures("reference_quantisers")
+def test_scales_and_quantisers_are_behind_the_pruner(
+    step: Any, tiny_model: Models, batches: Models, core: ov.Core, tmp_path: Path
+) -> None:
+    """SmoothQuant, AWQ and quantisers of activations change what a product reads, not what is compared with τ."""
+    data = batches(4)
+    family = "llama" if isinstance(step, Quantization) else "opt"  # AWQ folds its factor into llama's weights
+    model = nncf.compress(tiny_model(family), algorithm=[step, Scap(sparsity=0.5, mode="mean")], dataset=data)
+    with scap_nncf.get_controller(model).disabled():
+        dense = model(**data[0]).logits
+    expected = model(**data[0]).logits
+    ir = scap_nncf.load_openvino(scap_nncf.export_openvino(model, tmp_path / "ir"))
+    theirs = {layer.name: layer.realised_sparsity for layer in scap_nncf.measure_sparsity(model, data).layers}
+    for layer in scap_nncf.measure_sparsity(ir, data).layers:
+        assert layer.realised_sparsity == pytest.approx(theirs[layer.name], abs=0.01)
+    compiled = core.compile_model(ir, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    result = torch.from_numpy(compiled(feed(ir, data[0], "the sample"))[0])
+    # roundings flip what lies on a threshold or between two integers, and later layers follow
+    assert (result - expected).abs().mean() < 0.3 * (expected - dense).abs().mean()
+
+
+@pytest.mark.usefixtures("reference_quantisers")
+def test_scale_that_is_fused_into_a_norm_is_refused(tiny_model: Models, batches: Models, tmp_path: Path) -> None:
+    data = batches(2)
+    model = nncf.compress(tiny_model("opt"), algorithm=[Quantization(), Scap(sparsity=0.5)], dataset=data)
+    with pytest.raises(nncf.UnsupportedModelError, match=r"such as model\.decoder\.layers\.0\.fc1.*quantise"):
+        scap_nncf.export_openvino(model, tmp_path / "ir")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -18,6 +18,8 @@ import openvino as ov
 
 #: Part of the friendly name of every node that this package inserts; friendly names survive saving and loading.
 MARK = "/scap/"
+#: How the name of a node ends whose output is a pruned activation.
+PRUNED = f"{MARK}pruned"
 
 # What may stand between stored weights and the matrix product: decompression, layout, code books, fake quantisation.
 _DECOMPRESSION = frozenset(
@@ -27,6 +29,10 @@ _DECOMPRESSION = frozenset(
         "VariadicSplit",
     )
 )
+#: What NNCF puts between an activation and a product, and what it calls the scales of AWQ and SmoothQuant: in a graph,
+#: or as a hook of a PyTorch model that was exported afterwards (operation and port, ``0__0.0``).
+_QUANTISERS = frozenset(("FakeQuantize", "FakeConvert"))
+_SCALE_NAME = re.compile(r".*/awq_mul|.*/nncf_smooth_quant|\d+__\d+\.\d+/aten::mul/Multiply(_\d+)?")
 _MODULE_PREFIX = "__module."
 _COMPARISONS = frozenset(("Less", "LessEqual", "Greater", "GreaterEqual"))
 
@@ -38,14 +44,18 @@ class Call:
 
     :param node: the MatMul.
     :param weight_port: the port where the weights arrive.
-    :param entry: the input port where pruned activations have to be fed: that of the MatMul, or of a view before it.
+    :param entry: the input port where pruned activations have to be fed: that of the MatMul, or of the first node of
+        the chain.
     :param channel_axis: -1, or -2 where weights come first; of activation and result alike.
+    :param chain: nodes from the entry to the MatMul: views, scales of AWQ and SmoothQuant, quantisers. In PyTorch they
+        are inside the layer, or behind the point where modules are pruned.
     """
 
     node: ov.Node
     weight_port: int
     entry: Any
     channel_axis: int
+    chain: tuple[ov.Node, ...] = ()
 
     @property
     def source(self) -> Any:
@@ -113,7 +123,7 @@ def find_layers(model: ov.Model) -> tuple[list[FcLayer], list[Unfit]]:
         ports = [port for port in (1, 0) if _is_constant(node.input_value(port), constant)]
         if len(ports) != 1:  # attention products have none, folded constants two
             continue
-        found = _read_call(node, ports[0])
+        found = _read_call(node, ports[0], constant)
         name = module_name(node.get_friendly_name())
         if found is None:
             continue
@@ -163,6 +173,22 @@ def origin(output: Any) -> Any:
     return output
 
 
+def pruner_of(call: Call) -> ov.Node | None:
+    """The pruner of ours that feeds a call, None where its input is dense."""
+    node = call.entry.get_source_output().get_node()
+    while is_ours(node) and not node.get_friendly_name().endswith(PRUNED):
+        node = node.input_value(0).get_node()
+    return node if is_ours(node) else None
+
+
+def scale_of(node: ov.Node) -> Any:
+    """The constant that a scale of AWQ or SmoothQuant multiplies the activation with; None for any other node."""
+    if node.get_type_name() != "Multiply" or _SCALE_NAME.fullmatch(node.get_friendly_name()) is None:
+        return None
+    ports = [port for port in (0, 1) if _is_constant(node.input_value(port), {})]
+    return node.input_value(ports[0]) if len(ports) == 1 else None
+
+
 def looks_pruned(layers: Iterable[FcLayer]) -> list[str]:
     """Names of layers whose input is a ``Select`` on the magnitude of a tensor: pruned by someone else's hooks."""
     return [layer.name for layer in layers if any(_is_foreign_pruner(call.source.get_node()) for call in layer.calls)]
@@ -208,7 +234,7 @@ def _is_constant(output: Any, known: dict[str, bool]) -> bool:
     return known[key]
 
 
-def _read_call(node: ov.Node, weight_port: int) -> tuple[Call, int, int] | str | None:
+def _read_call(node: ov.Node, weight_port: int, constant: dict[str, bool]) -> tuple[Call, int, int] | str | None:
     """The call with its shape; a reason why it cannot be pruned; or None where it is no FC layer at all."""
     attributes = node.get_attributes()
     weight = node.input_value(weight_port).get_partial_shape()
@@ -232,28 +258,54 @@ def _read_call(node: ov.Node, weight_port: int) -> tuple[Call, int, int] | str |
         return None  # an outer product, as in rotary embeddings, or a plain dot product
     if (channel_axis == -1) != (weight_port == 1):
         return "its activation is transposed"
-    entry = _entry(node.input(activation_port), in_features, channel_axis)
-    return Call(node, weight_port, entry, channel_axis), in_features, out_features
+    entry, chain = _entry(node.input(activation_port), in_features, channel_axis, constant)
+    return Call(node, weight_port, entry, channel_axis, chain), in_features, out_features
 
 
-def _entry(port: Any, in_features: int, channel_axis: int) -> Any:
+def _entry(
+    port: Any, in_features: int, channel_axis: int, constant: dict[str, bool]
+) -> tuple[Any, tuple[ov.Node, ...]]:
     """
     Where to prune: before views that only this product reads, so that tokens keep their axis and layers with a view
-    each share one pruner, and before the scale that AWQ puts on an activation, as in PyTorch.
+    each share one pruner; and before what NNCF does to the input of layers, as in PyTorch. A pruner behind a quantiser
+    would also keep the plugin from running the product on integers.
+
+    :return: the port, and the nodes from there to the product.
     """
+    chain: list[ov.Node] = []
     while channel_axis == -1:
         node = port.get_source_output().get_node()
-        if is_ours(node) or len(node.output(0).get_target_inputs()) != 1:
+        if is_ours(node):
             break
-        is_view = node.get_type_name() == "Reshape"
-        is_scale = node.get_type_name() == "Multiply" and node.get_friendly_name().endswith("/awq_mul")
-        if not (is_view or is_scale):
+        if node.get_type_name() == "Reshape":
+            if len(node.output(0).get_target_inputs()) != 1 or not _keeps_channels(node, in_features):
+                break
+            before = node.input(0)
+        elif node.get_type_name() in _QUANTISERS or scale_of(node) is not None:
+            if not _feeds_layers(node, constant):
+                break
+            before = node.input(1 if _is_constant(node.input_value(0), constant) else 0)
+        else:
             break
-        before = node.input_value(0).get_partial_shape()
-        after = node.output(0).get_partial_shape()
-        if before.rank.is_dynamic or after.rank.is_dynamic or len(before) < 2:
-            break
-        if before[-1] != ov.Dimension(in_features) or after[-1] != ov.Dimension(in_features):
-            break
-        port = node.input(0)
-    return port
+        chain.insert(0, node)
+        port = before
+    return port, tuple(chain)
+
+
+def _keeps_channels(node: ov.Node, in_features: int) -> bool:
+    before, after = node.input_value(0).get_partial_shape(), node.output(0).get_partial_shape()
+    if before.rank.is_dynamic or after.rank.is_dynamic or len(before) < 2:
+        return False
+    return bool(before[-1] == ov.Dimension(in_features) and after[-1] == ov.Dimension(in_features))
+
+
+def _feeds_layers(node: ov.Node, constant: dict[str, bool]) -> bool:
+    """Whether all that reads a node are products with constant weights."""
+    for reader in node.output(0).get_target_inputs():
+        after = reader.get_node()
+        if after.get_type_name() == "MatMul":
+            if not _is_constant(after.input_value(1 - reader.get_index()), constant):
+                return False
+        elif not (after.get_type_name() in _QUANTISERS and reader.get_index() == 0 and _feeds_layers(after, constant)):
+            return False
+    return True

@@ -13,7 +13,7 @@ from openvino import opset13 as opset
 
 from scap_nncf.algorithms.backends.openvino.collect import EMPTY_DATASET
 from scap_nncf.algorithms.backends.openvino.feed import attention_mask, compile_exact, feed
-from scap_nncf.algorithms.backends.openvino.layers import find_layers, ir_of, is_ours
+from scap_nncf.algorithms.backends.openvino.layers import find_layers, ir_of, pruner_of
 from scap_nncf.algorithms.backends.openvino.prune import require_pruned, store_counts
 
 
@@ -67,10 +67,10 @@ def _with_counters(graph: ov.Model) -> tuple[ov.Model, list[tuple[str, int, int]
     outputs = []
     for layer in find_layers(clone)[0]:
         for call in layer.calls:
-            source = call.entry.get_source_output()
-            if not is_ours(source.get_node()):
+            node = pruner_of(call)
+            if node is None:
                 continue
-            pruner = source.get_node().get_name()
+            source, pruner = node.output(0), node.get_name()
             if pruner not in by_pruner:
                 by_pruner[pruner] = len(results)
                 zero = opset.constant(np.array(0), source.get_element_type())

@@ -10,7 +10,7 @@ friendly name, and the plan is kept in the model's ``rt_info``: all of it is fou
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import nncf
@@ -18,9 +18,9 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
 
-from scap_nncf.algorithms.backends.openvino.layers import MARK, Call, FcLayer, find_layers, ir_of, origin
+from scap_nncf.algorithms.backends.openvino.layers import MARK, Call, FcLayer, find_layers, ir_of, origin, scale_of
 from scap_nncf.algorithms.backends.openvino.weights import column_sums
-from scap_nncf.algorithms.plan import Plan
+from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan
 
 RT_INFO = ["nncf", "scap"]
 _PLAN = [*RT_INFO, "plan"]
@@ -195,7 +195,7 @@ def attach(graph: ov.Model, plan: Plan) -> None:
         for site, plan_of in wanted
         if site.mode != 0.0
     }
-    inserter = _Inserter(graph, plan.prune == "decode")
+    inserter = _Inserter(graph, plan.prune == "decode", _owners(layers.values(), wanted))
     for site, plan_of in wanted:
         layer = layers[plan_of.name]
         for number, call in enumerate(layer.calls):
@@ -205,12 +205,39 @@ def attach(graph: ov.Model, plan: Plan) -> None:
     graph.validate_nodes_and_infer_types()
 
 
+def _owners(layers: Iterable[FcLayer], wanted: Iterable[tuple[SitePlan, LayerPlan]]) -> dict[str, Any]:
+    """
+    Whose pruner may stand before a node between activation and products (a scale, a quantiser): mode and threshold of
+    the first layer that reads it, or None where a reader is not pruned. The other readers get copies of the node.
+    """
+    pruned = {plan_of.name: (site.mode, plan_of.threshold) for site, plan_of in wanted}
+    found: dict[str, list[Any]] = {}
+    nodes: dict[str, ov.Node] = {}
+    for layer in layers:
+        for call in layer.calls:
+            for node in call.chain:
+                found.setdefault(node.get_name(), []).append(pruned.get(layer.name))
+                nodes[node.get_name()] = node
+    return {
+        name: None if None in ways or len(ways) < _products(nodes[name]) else ways[0] for name, ways in found.items()
+    }
+
+
+def _products(node: ov.Node) -> int:
+    """How many products read a node, directly or through quantisers and views."""
+    readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
+    return sum(1 if reader.get_type_name() == "MatMul" else _products(reader) for reader in readers)
+
+
 def detach(graph: ov.Model) -> None:
     """Take all inserted nodes out."""
+    nodes = {node.get_friendly_name(): node for node in graph.get_ordered_ops()}
     for node in graph.get_ordered_ops():
         kind = _kind(node)
         if kind == "pruned":
             _replace(node, origin(node.output(0)))
+        elif kind == "copy":
+            _replace(node, nodes[node.get_friendly_name().rpartition(MARK)[0]].output(0))
         elif kind in ("bias", "corrected"):
             _replace(node, node.input_value(0))
     graph.validate_nodes_and_infer_types()
@@ -241,9 +268,11 @@ def _move_names(old: Any, new: Any, consumers: list[Any]) -> None:
 class _Inserter:
     """Inserts pruners and corrections, sharing nodes where layers share them."""
 
-    def __init__(self, graph: ov.Model, decode_only: bool) -> None:
+    def __init__(self, graph: ov.Model, decode_only: bool, owners: dict[str, Any]) -> None:
         self._graph = graph
         self._decode_only = decode_only
+        self._owners = owners
+        self._copies: dict[Any, ov.Node] = {}
         self._pruners: dict[Any, ov.Node] = {}
         self._magnitudes: dict[Any, tuple[Any, ov.Node]] = {}
         self._flags: dict[Any, ov.Node] = {}
@@ -256,7 +285,18 @@ class _Inserter:
             name = _namer(layer, number)
             flag = self._decode_flag(source, call, name) if self._decode_only else None
             self._pruners[key] = self._make_pruner(source, call.tensor, mode, threshold, flag, name)
-        call.entry.replace_source_output(self._pruners[key].output(0))
+        feed, target = self._pruners[key].output(0), call.entry
+        after = [node.input(_activation_port(node)) for node in call.chain[1:]]
+        after.append(call.node.input(1 - call.weight_port))
+        for node, port in zip(call.chain, after):
+            # what other readers share stays theirs; they share the whole chain or its beginning
+            if self._owners[node.get_name()] == (mode, threshold):
+                break
+            copy_key = (key, node.get_name())
+            if copy_key not in self._copies:
+                self._copies[copy_key] = _copy_of(node, feed, len(self._copies))
+            feed, target = self._copies[copy_key].output(0), port
+        target.replace_source_output(feed)
 
     def _make_pruner(
         self, source: Any, tensor: Any, mode: float, threshold: float, flag: ov.Node | None, name: Any
@@ -322,6 +362,29 @@ class _Inserter:
             length = opset.gather(shape, index, opset.constant(np.array(0), ov.Type.i64), name=name("length"))
             self._flags[key] = opset.equal(length, opset.constant(np.array(1), ov.Type.i64), name=name("alone"))
         return self._flags[key]
+
+
+def _activation_port(node: ov.Node) -> int:
+    """The port of a node of a chain where the activation arrives."""
+    scale = scale_of(node)
+    return 1 if scale is not None and scale == node.input_value(0) else 0
+
+
+def _copy_of(node: ov.Node, source: Any, number: int) -> ov.Node:
+    """The same operation on another activation; its name leads back to the node."""
+    name = f"{node.get_friendly_name()}{MARK}copy.{number}"
+    inputs = [node.input_value(port) for port in range(node.get_input_size())]
+    attributes = node.get_attributes()
+    kind = node.get_type_name()
+    if kind == "FakeQuantize":
+        return opset.fake_quantize(
+            source, *inputs[1:], attributes["levels"], attributes["auto_broadcast"].upper(), name=name
+        )
+    if kind == "FakeConvert":
+        return opset.fake_convert(source, *inputs[1:], destination_type=attributes["destination_type"], name=name)
+    if kind == "Reshape":
+        return opset.reshape(source, inputs[1], attributes["special_zero"], name=name)
+    return opset.multiply(source, scale_of(node), attributes["auto_broadcast"].upper(), name=name)
 
 
 def _bias_port(consumers: list[Any], out_features: int) -> Any:

@@ -10,7 +10,7 @@ import openvino as ov
 from openvino import opset13 as opset
 
 from scap_nncf.algorithms.backends.openvino.feed import compile_exact
-from scap_nncf.algorithms.backends.openvino.layers import Call
+from scap_nncf.algorithms.backends.openvino.layers import Call, scale_of
 
 
 def column_sums(call: Call, in_features: int) -> np.ndarray[Any, Any]:
@@ -18,7 +18,8 @@ def column_sums(call: Call, in_features: int) -> np.ndarray[Any, Any]:
     ``sum over input channels of W[:, n]``: what the layer adds for an input of ones.
 
     The weights are those of the graph after decompression, whatever their format: the product is run on a vector of
-    ones, with the graph's own constants. A scale that AWQ put before the product counts as part of the layer.
+    ones, with the graph's own constants. A scale that AWQ or SmoothQuant put before the product counts as part of the
+    layer.
 
     :return: float32 [out_features].
     """
@@ -26,7 +27,9 @@ def column_sums(call: Call, in_features: int) -> np.ndarray[Any, Any]:
     shape = [1, in_features] if call.weight_port == 1 else [in_features, 1]
     ones = opset.parameter(shape, np.float32, name="ones")
     activation: Any = ones
-    for scale in _scales(call):
+    for scale in (scale_of(node) for node in call.chain):
+        if scale is None:  # a view, or a quantiser: its range is that of activations, not of ones
+            continue
         activation = opset.multiply(activation, opset.convert(scale, "f32"))
     weight = call.node.input_value(call.weight_port)
     if weight.get_element_type() != ov.Type.f32:
@@ -37,15 +40,3 @@ def column_sums(call: Call, in_features: int) -> np.ndarray[Any, Any]:
     compiled = compile_exact(ov.Model([opset.result(product)], [ones], "column_sums"))
     (result,) = compiled([np.ones(shape, dtype=np.float32)]).values()
     return np.asarray(result, dtype=np.float32).reshape(-1)
-
-
-def _scales(call: Call) -> list[Any]:
-    """Constant factors between the entry and the product."""
-    scales = []
-    port = call.node.input(1 - call.weight_port)
-    while port.get_node().get_name() != call.entry.get_node().get_name():
-        node = port.get_source_output().get_node()
-        if node.get_type_name() == "Multiply":
-            scales.append(node.input_value(1))
-        port = node.input(0)
-    return scales
