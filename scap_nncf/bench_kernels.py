@@ -179,9 +179,7 @@ def contenders(case: Case, sparsity: float, peers: dict[str, Any]) -> dict[str, 
         found: dict[str, Launch] = {
             "dense": lambda i: torch.matmul(x, case.w(i), out=h),
             "sparse": lambda i: ops.sparse_fc(x, case.w(i), [tau], [n], sparsity=sparsity),
-            "sparse_atomic": lambda i: ops.sparse_fc(
-                x, case.w(i), [tau], [n], deterministic=False, sparsity=sparsity
-            ),
+            "sparse_atomic": lambda i: ops.sparse_fc(x, case.w(i), [tau], [n], deterministic=False, sparsity=sparsity),
         }
         if case.rows == 1:
             for name, make in peers.items():

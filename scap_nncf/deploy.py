@@ -66,7 +66,8 @@ def deploy(model: TModel, backend: str = "triton", *, counters: bool = False) ->
     - Layers that no kernel serves stay simulated, and one warning says which and why.
     - Models compressed by ``nncf.compress_weights`` (8 and 4 bits, AWQ included) are taken over as a whole: kernels
       read the packed weights, layers outside of the plan included, and NNCF's function mode, which slows every
-      operation down, is off. The layers' own packed weights wait on the CPU for ``undeploy``.
+      operation down, is off. The layers' own packed weights wait on the CPU for ``undeploy``. So are torchao's
+      weight-only tensors (``Int8WeightOnlyConfig``, ``IntxWeightOnlyConfig`` of 4 and 8 bits).
 
     .. code-block:: python
 
@@ -338,7 +339,7 @@ def _replace_layers(deployment: Deployment, plan: Plan) -> None:
     except CannotTakeOver as error:
         deployment.undo()
         weights = {}
-        reasons = dict.fromkeys(reasons, f"NNCF compressed the model, and no kernel serves {error}")
+        reasons = dict.fromkeys(reasons, f"the model is quantised, and no kernel serves {error}")
     deployment.left = [
         LeftOut(name, type(model.get_submodule(name)).__name__, reason)
         for name, reason in reasons.items()
@@ -378,7 +379,7 @@ def _simulated_only(layer: LayerPlan) -> str | None:
 
 def _take_over(deployment: Deployment, simulated: Sequence[str]) -> dict[str, QuantWeight]:
     """
-    Packed weights of all layers that NNCF compressed; its compressed embeddings are replaced.
+    Packed weights of all layers that NNCF or torchao quantised; NNCF's compressed embeddings are replaced.
 
     :param simulated: why layers have to stay simulated, which needs NNCF's own modules.
     """

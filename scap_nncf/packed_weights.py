@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Weights that NNCF compressed to 8 or 4 bits, taken over from its function hooks.
+Weights of 8 or 4 bits, taken over from the toolkit that quantised the model.
 
-``nncf.compress_weights`` leaves packed parameters in the modules and decompresses them in hooks on every function call;
-the whole forward runs under a function mode for that. Kernels read packed weights themselves, so the mode is taken off
-as a whole: every hook must be one that is understood, or the model stays as it is. (Hooks are found by the running
-number of a call, so taking over some and leaving others would shift the numbers.)
+torchao's weight-only tensors are read where they are. ``nncf.compress_weights`` leaves packed parameters in the modules
+and decompresses them in hooks on every function call; the whole forward runs under a function mode for that. Kernels
+read packed weights themselves, so the mode is taken off as a whole: every hook must be one that is understood, or the
+model stays as it is. (Hooks are found by the running number of a call, so taking over some and leaving others would
+shift the numbers.)
 """
 
 from __future__ import annotations
@@ -18,30 +19,31 @@ import torch
 from torch import nn
 
 from scap_nncf.algorithms.backends.torch.layers import fc_shape
-from scap_nncf.kernels.packing import QuantWeight, from_nncf
+from scap_nncf.kernels.packing import QuantWeight, from_nncf, from_torchao
 
 
 class CannotTakeOver(Exception):
-    """Something that NNCF put into the model has no counterpart in the kernels; the message says what."""
+    """Something in a quantised model has no counterpart in the kernels; the message says what."""
 
 
 @dataclass
 class TakenOver:
     """
-    What was found in a model that NNCF compressed.
+    What was found in a quantised model.
 
-    :param layers: FC layer name → its decompressor.
+    :param layers: FC layer name → NNCF's decompressor, or None where the weight is a tensor of torchao.
     :param embeddings: embedding name → its decompressor.
     :param scales: FC layer name → factor of its input [K] (AWQ, SmoothQuant).
     :param weights: FC layer name → packed weight, after :meth:`pack`.
     """
 
     model: nn.Module
-    layers: dict[str, nn.Module] = field(default_factory=dict)
+    layers: dict[str, nn.Module | None] = field(default_factory=dict)
     embeddings: dict[str, nn.Module] = field(default_factory=dict)
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, QuantWeight] = field(default_factory=dict)
     _parked: list[tuple[nn.Parameter, torch.device]] = field(default_factory=list)
+    _replaced: list[tuple[nn.Module, torch.device]] = field(default_factory=list)
     _forward: Callable[..., Any] | None = None
 
     def pack(self) -> None:
@@ -54,18 +56,30 @@ class TakenOver:
         for name, decompressor in self.layers.items():
             module = self.model.get_submodule(name)
             try:
-                self.weights[name] = from_nncf(module.weight, decompressor)
+                packed = _from_tensor(module.weight) if decompressor is None else from_nncf(module.weight, decompressor)
+                self.weights[name] = packed
             except (TypeError, ValueError) as error:
                 msg = f"{name}: {error}"
                 raise CannotTakeOver(msg) from error
-            if module.weight.is_cuda and not any(module.weight is weight for weight, _ in self._parked):
+            if decompressor is None:
+                self._park_tensor(module)
+            elif module.weight.is_cuda and not any(module.weight is weight for weight, _ in self._parked):
                 tied = any(self.layers[other] is decompressor for other in self.layers if other not in self.weights)
                 if not tied:
                     self._parked.append((module.weight, module.weight.device))
                     module.weight.data = module.weight.data.cpu()
 
+    def _park_tensor(self, module: nn.Module) -> None:
+        """A tensor subclass has no storage that could be moved away under it: its parameter is replaced."""
+        device = module.weight.device  # type: ignore[union-attr]
+        if device.type == "cuda":
+            self._replaced.append((module, device))  # type: ignore[arg-type]
+            _move_weight(module, torch.device("cpu"))
+
     def bypass(self) -> None:
-        """Run the model's own forward, without NNCF's function mode."""
+        """Run the model's own forward, without NNCF's function mode, where NNCF has wrapped it."""
+        if all(decompressor is None for decompressor in self.layers.values()) and not self.embeddings:
+            return
         self._forward = self.model.__dict__["forward"]
         self.model.__dict__["forward"] = self._forward.orig_forward  # type: ignore[union-attr]
 
@@ -77,19 +91,21 @@ class TakenOver:
         while self._parked:
             parameter, device = self._parked.pop()
             parameter.data = parameter.data.to(device)
+        while self._replaced:
+            _move_weight(*self._replaced.pop())
 
 
 def take_over(model: nn.Module) -> TakenOver | None:
     """
-    Find all that NNCF put into a model; nothing is changed.
+    Find the quantised weights of a model; nothing is changed.
 
-    :return: None where NNCF has not wrapped the model.
-    :raises CannotTakeOver: there is something that the kernels have no counterpart for.
+    :return: None where there are none: NNCF has not wrapped the model, and no layer has a weight of torchao.
+    :raises CannotTakeOver: NNCF has wrapped the model, and there is something that the kernels have no counterpart for.
     """
     from nncf.torch.function_hook.wrapper import get_hook_storage, is_wrapped
 
     if not is_wrapped(model):
-        return None
+        return _torchao_layers(model)
     from scap_nncf.algorithms.backends.torch.function_hooks import input_scale, resolve
 
     storage = get_hook_storage(model)
@@ -119,6 +135,51 @@ def take_over(model: nn.Module) -> TakenOver | None:
         if scale is not None:
             found.scales[name] = scale
     return found
+
+
+#: classes of torchao's weight-only tensors
+_TORCHAO_TENSORS = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
+
+
+def _torchao_layers(model: nn.Module) -> TakenOver | None:
+    found = TakenOver(model)
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear) and weight is not None and _is_weight_only(weight):
+            found.layers[name] = None
+    return found if found.layers else None
+
+
+def _is_weight_only(weight: torch.Tensor) -> bool:
+    """Whether a weight is a tensor of torchao that the kernels can read: activations are not quantised with it."""
+    if type(weight).__name__ not in _TORCHAO_TENSORS or not type(weight).__module__.startswith("torchao."):
+        return False
+    activations = (getattr(weight, key, None) for key in ("act_quant_kwargs", "activation_quantization"))
+    bits = _bits(weight)
+    return bits is not None and all(value is None for value in activations) and weight.block_size[0] == 1  # type: ignore[attr-defined]
+
+
+def _bits(weight: torch.Tensor) -> int | None:
+    names = {"torch.int4": 4, "torch.int8": 8}
+    return names.get(str(getattr(weight, "target_dtype", torch.int8)))
+
+
+def _from_tensor(weight: torch.Tensor) -> QuantWeight:
+    """
+    :param weight: a tensor of torchao [N, K].
+    :raises ValueError: its parts do not fit together.
+    """
+    bits = _bits(weight)
+    assert bits is not None
+    zero = getattr(weight, "zero_point", None)
+    values, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    return from_torchao(values, scale, zero, bits=bits, dtype=weight.dtype)
+
+
+def _move_weight(module: nn.Module, device: torch.device) -> None:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    module._parameters["weight"] = nn.Parameter(weight.detach().to(device), requires_grad=weight.requires_grad)
 
 
 def _decompressed(key: str, hooks: list[nn.Module]) -> tuple[str, nn.Module]:
