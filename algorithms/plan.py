@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,15 +29,19 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from scap_nncf.algorithms import roles
+from scap_nncf.algorithms.documents import check_file_entry, parse_json, read_text
 from scap_nncf.algorithms.sites import Layer, Site
 
 SCHEMA = "scap-nncf.plan"
 SCHEMA_VERSION = 2
 PLAN_FILE = "plan.json"
 VECTORS_FILE = "vectors.safetensors"
+STATISTICS_FILE = "statistics.safetensors"
 REFERENCE_FILE = "calibrated_thresholds.json"
-MAX_PLAN_BYTES = 256 << 20
+MAX_PLAN_BYTES = 64 << 20  # of text; as Python objects it is some 20 times that at worst
 _MAX_VECTOR_BYTES = 64 << 30
+_MAX_WHOLE = 1 << 31
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 PRUNE_POLICIES = ("all", "decode")
 
@@ -222,16 +226,15 @@ class Plan:
 
         :raises nncf.ValidationError: the text is damaged, of a newer schema, or no plan.
         """
-        try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            msg = f"{source} is not valid JSON ({error}); the file may be truncated. Calibrate again or restore it."
-            raise nncf.ValidationError(msg) from error
+        if len(text) > MAX_PLAN_BYTES:
+            msg = f"{source} has {len(text)} characters, more than a plan may have ({MAX_PLAN_BYTES})."
+            raise nncf.ValidationError(msg)
+        data = parse_json(text, source)
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             msg = f"{source} is not a plan: expected an object with 'schema': '{SCHEMA}'."
             raise nncf.ValidationError(msg)
         version = data.get("schema_version")
-        if not isinstance(version, int) or version < 1:
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             msg = f"{source} has schema_version {version!r}, expected a whole number from 1."
             raise nncf.ValidationError(msg)
         if version > SCHEMA_VERSION:
@@ -243,18 +246,19 @@ class Plan:
         try:
             sites = tuple(_read_site(item) for item in _list(data["sites"]))
             statistics = data.get("statistics")
+            if data.get("vectors") is not None:
+                check_file_entry(data["vectors"], VECTORS_FILE)
             plan = cls(
                 sites=sites,
                 algorithm=_text(data["algorithm"]),
                 prune=check_prune(_text(data["prune"])),
-                made_by=dict(data.get("made_by") or {}),
-                statistics=None if statistics is None else {str(k): _text(v) for k, v in dict(statistics).items()},
+                made_by=_made_by(data.get("made_by")),
+                statistics=None if statistics is None else check_file_entry(statistics, STATISTICS_FILE),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             msg = f"{source} does not follow plan schema {SCHEMA_VERSION}: {error!r}."
             raise nncf.ValidationError(msg) from error
-        names = [layer.name for layer in plan.layers]
-        repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        repeated = sorted(name for name, count in Counter(layer.name for layer in plan.layers).items() if count > 1)
         if repeated:
             msg = f"{source} names layers twice: {', '.join(repeated[:5])}."
             raise nncf.ValidationError(msg)
@@ -290,14 +294,7 @@ class Plan:
         if not file.is_file():
             msg = f"No plan at {file}: expected a folder with {PLAN_FILE}, or the file itself."
             raise nncf.InvalidPathError(msg)
-        if file.stat().st_size > MAX_PLAN_BYTES:
-            msg = f"{file} has {file.stat().st_size} bytes, more than a plan may have ({MAX_PLAN_BYTES})."
-            raise nncf.ValidationError(msg)
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            msg = f"{file} is not UTF-8 text: {error}."
-            raise nncf.ValidationError(msg) from error
+        text = read_text(file, MAX_PLAN_BYTES, "a plan")
         if '"hook_type"' in text and f'"{SCHEMA}"' not in text:
             return cls._from_reference_text(text, str(file))
         plan = cls.from_json(text, str(file))
@@ -318,12 +315,12 @@ class Plan:
         record shapes, so `in_features` and `out_features` are 0 until the plan is applied to a model. Its files say
         ``demode_method: zero`` beside a non-zero mode; such a site is marked ``imported``.
         """
-        return cls._from_reference_text(Path(path).read_text(encoding="utf-8"), str(path))
+        return cls._from_reference_text(read_text(path, MAX_PLAN_BYTES, "a plan"), str(path))
 
     @classmethod
     def _from_reference_text(cls, text: str, source: str) -> Plan:
         try:
-            data = json.loads(text)
+            data = parse_json(text, source)
             sites: dict[tuple[Any, ...], SitePlan] = {}
             for name, entry in data.items():
                 role = roles.table_role(name) or "fc1"
@@ -339,7 +336,7 @@ class Plan:
                     sites[key] = replace(sites[key], layers=(*sites[key].layers, layer))
                 else:
                     sites[key] = SitePlan(name, block, mode, method, (layer,))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             msg = f"{source} is not a calibrated_thresholds.json of the SCAP reference: {error!r}."
             raise nncf.ValidationError(msg) from error
         return cls(tuple(sites.values()), made_by={"imported_from": "SCAP reference implementation"})
@@ -552,6 +549,14 @@ def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
     return value
 
 
+def _made_by(value: Any) -> dict[str, Any]:
+    made_by = {} if value is None else value
+    if not isinstance(made_by, Mapping) or not isinstance(made_by.get("settings", {}), Mapping):
+        msg = f"expected made_by, and its settings, as objects, got {str(value)[:80]}"
+        raise TypeError(msg)
+    return dict(made_by)
+
+
 def _list(value: Any) -> Iterable[Any]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         msg = f"expected a list, got {type(value).__name__}"
@@ -567,15 +572,16 @@ def _text(value: Any) -> str:
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        msg = f"expected a whole number from 0, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_WHOLE:
+        msg = f"expected a whole number from 0 to {_MAX_WHOLE}, got {str(value)[:80]}"
         raise ValueError(msg)
     return value
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        msg = f"expected a finite number, got {value!r}"
+    # compared, not converted: a JSON number may have any number of digits; NaN compares false
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MAX_FLOAT32 <= value <= _MAX_FLOAT32:
+        msg = f"expected a finite float32 number, got {str(value)[:80]}"
         raise ValueError(msg)
     return float(value)
 

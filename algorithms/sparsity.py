@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -53,7 +52,7 @@ def check_sparsity(value: object, where: str = "sparsity") -> float:
     """
     :raises nncf.ValidationError: `value` is not a number in [0, 1).
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
         msg = f"Expected a number in [0, 1) for {where}, got {value!r}."
         raise nncf.ValidationError(msg)
     return float(value)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ from scap_nncf._version import __version__
 from scap_nncf.algorithms.backends.torch import function_hooks
 from scap_nncf.algorithms.backends.torch.prune import DEPLOYMENT, IN_PLAN
 from scap_nncf.algorithms.base import builder_for
+from scap_nncf.algorithms.documents import parse_json, read_text
 from scap_nncf.algorithms.plan import PLAN_FILE, Plan
 from scap_nncf.algorithms.scap.calibration import statistics_of_plan
 from scap_nncf.algorithms.scap.controller import get_controller
@@ -53,6 +55,18 @@ CHECKPOINT_FILE = "checkpoint.json"
 SCHEMA = "scap-nncf.checkpoint"
 SCHEMA_VERSION = 1
 
+_MAX_DESCRIPTION_BYTES = 64 << 20
+# What transformers has itself. It takes the name of a hub repository as well, whose kernels it would fetch and run.
+_ATTENTION = (
+    None,
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+)
+_EXPERTS = (None, "eager", "grouped_mm", "batched_mm")
 _DENSE_WEIGHTS = "model.safetensors"
 _PACKED_WEIGHTS = "compressed_model.safetensors"
 _BUFFERS = "buffers.safetensors"
@@ -271,10 +285,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         msg = f"No checkpoint at {folder}: expected a folder made by scap_nncf.save_pretrained, with {CHECKPOINT_FILE}."
         raise nncf.InvalidPathError(msg)
+    data = parse_json(read_text(file, _MAX_DESCRIPTION_BYTES, "a checkpoint's description"), str(file))
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
-            raise ValueError(f"schema is {data['schema']!r}, expected {SCHEMA!r}")
+            raise ValueError(f"schema is {str(data['schema'])[:80]!r}, expected {SCHEMA!r}")
         version = int(data["schema_version"])
         if version > SCHEMA_VERSION:
             msg = f"{file} has schema {version}, newer than the {SCHEMA_VERSION} read here. Upgrade scap-nncf."
@@ -293,7 +307,13 @@ def _read_description(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"unknown hook {hook['class']!r}")
             if not hook["names"] or not all(isinstance(name, str) for name in hook["names"]):
                 raise ValueError(f"hook {hook['class']} has no place")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        texts = [data["class"], *data["trainable"], *data["aliases"], *data["aliases"].values()]
+        texts += data["input_scales"].values()
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("names of tensors and classes must be texts")
+        if data.get("attention") not in _ATTENTION:
+            raise ValueError(f"attention is {str(data['attention'])[:80]!r}, expected one of {_ATTENTION}")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         msg = f"{file} is damaged or no checkpoint of scap-nncf: {error!r}."
         raise nncf.ValidationError(msg) from error
     return data
@@ -321,7 +341,9 @@ def _from_config(folder: Path, description: Mapping[str, Any]) -> nn.Module:
         raise nncf.ValidationError(msg)
     try:
         made_by: Callable[..., Any] = kind._from_config  # type: ignore[attr-defined]
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        # without a word on trust transformers would ask on the terminal whether to run code of the folder
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _refuse_kernels(config)
         options = {"attn_implementation": description["attention"]} if description.get("attention") else {}
         try:
             with _parameters_on_meta():
@@ -335,6 +357,17 @@ def _from_config(folder: Path, description: Mapping[str, Any]) -> nn.Module:
         raise nncf.ValidationError(msg) from error
     model.config._name_or_path = str(folder)
     return model
+
+
+def _refuse_kernels(config: Any) -> None:
+    """A config.json may name an implementation, too; only those of transformers itself are taken."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
+    for part in parts:
+        attention = getattr(part, "_attn_implementation", None)
+        experts = getattr(part, "_experts_implementation", None)
+        if attention not in _ATTENTION or experts not in _EXPERTS:
+            msg = f"the implementation {attention or experts!r} is not one of transformers itself"
+            raise ValueError(msg)
 
 
 @contextmanager
@@ -427,6 +460,7 @@ def _make_hook(kind: str, config: Mapping[str, Any], state: dict[str, torch.Tens
     from nncf.torch.quantization.quantize_functions import unpack_uint4
 
     make = getattr(layers, kind)
+    _check_sizes(config, state)
     if kind in _QUANTISERS:
         hook = make.from_config(config)
         hook.load_state_dict(state)
@@ -442,6 +476,24 @@ def _make_hook(kind: str, config: Mapping[str, Any], state: dict[str, torch.Tens
             zero_point = unpack_uint4(zero_point).reshape(config["zero_point_shape"])
         arguments["zero_point"] = zero_point
     return make(**arguments)
+
+
+def _check_sizes(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+    """A quantiser allocates by its description, before its tensors come: the two must agree in size."""
+    held = sum(tensor.numel() for tensor in state.values())
+    described = {**config, **config.get("qspec", {}), **config.get("lspec", {})}
+    for key in ("scale_shape", "zero_point_shape", "orig_weight_shape"):
+        sizes = described.get(key)
+        if sizes is None:
+            continue
+        rank = described.get("lora_rank", 1)
+        numbers = [*sizes, rank] if isinstance(sizes, list) else [None]
+        if not all(type(number) is int and 0 <= number <= 1 << 31 for number in numbers):
+            raise ValueError(f"{key} is no shape: {str(sizes)[:80]}")
+        # adapters are [rank, in] and [out, rank]; packed zero points hold two values in a byte
+        needs = rank * sum(sizes) if key == "orig_weight_shape" else math.prod(sizes)
+        if needs > 2 * held:
+            raise ValueError(f"{key} {sizes} asks for {needs} values, the file has {held}")
 
 
 def _assign_buffers(model: nn.Module, buffers: dict[str, torch.Tensor], source: Path) -> None:

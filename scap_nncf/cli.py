@@ -42,6 +42,7 @@ app = typer.Typer(
 )
 
 RESULT_FILE = "result.json"
+_MAX_SPARSITY_FILE = 256 << 10  # bytes
 
 
 class Mode(str, Enum):
@@ -499,7 +500,7 @@ def parse_sparsity(text: str) -> Any:
     if text.lstrip().startswith("{"):
         try:
             return _checked_mapping(json.loads(text), "--sparsity")
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             msg = f"--sparsity is no JSON object: {error}"
             raise typer.BadParameter(msg) from None
     if "=" in text:
@@ -512,21 +513,13 @@ def parse_sparsity(text: str) -> Any:
 
 
 def _sparsity_file(path: Path) -> Any:
-    import yaml
+    from scap_nncf.algorithms.documents import parse_json, parse_yaml, read_text
 
+    parse = parse_json if path.suffix.lower() == ".json" else parse_yaml
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"--sparsity @{path}: {getattr(error, 'strerror', None) or error}"
-        raise typer.BadParameter(msg) from None
-    try:
-        if path.suffix.lower() == ".json":
-            data = json.loads(content)
-        else:
-            data = yaml.safe_load(content)
-    except (ValueError, yaml.YAMLError) as error:
-        msg = f"--sparsity @{path}: not valid {'JSON' if path.suffix.lower() == '.json' else 'YAML'}: {error}"
-        raise typer.BadParameter(" ".join(msg.split())) from None
+        data = parse(read_text(path, _MAX_SPARSITY_FILE, "a sparsity"), f"@{path}")
+    except nncf.ValidationError as error:
+        raise typer.BadParameter(" ".join(f"--sparsity {error}".split())) from None
     if isinstance(data, dict) and set(data) == {"sparsity"}:
         data = data["sparsity"]
     if isinstance(data, (int, float)) and not isinstance(data, bool):
@@ -539,8 +532,8 @@ def _checked_mapping(data: Any, where: str) -> dict[str, float]:
         if not isinstance(data, dict) or not data:
             raise ValueError
         return {str(key): float(value) for key, value in data.items()}
-    except (TypeError, ValueError):
-        msg = f"{where}: expected roles and numbers such as up=0.4,down=0.6, got {data!r}"
+    except (TypeError, ValueError, OverflowError):
+        msg = f"{where}: expected roles and numbers such as up=0.4,down=0.6, got {str(data)[:200]}"
         raise typer.BadParameter(msg) from None
 
 

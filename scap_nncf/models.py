@@ -264,7 +264,7 @@ def _from_checkpoint(path: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
     if not (path / "tokenizer_config.json").is_file():  # transformers would make up an empty one
         msg = f"{path} has no tokenizer; save it too: scap_nncf.save_pretrained(model, folder, tokenizer)"
         raise nncf.ValidationError(msg)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return load_pretrained(path, device=device), tokenizer
 
 

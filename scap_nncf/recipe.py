@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import os
 import types
 import typing
@@ -27,19 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import nncf
-import yaml
 from nncf.common.logging import nncf_logger
 
 from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import COMPRESSION_ALGORITHMS, CompressionBuilder, builder_for
 from scap_nncf.algorithms.data import Samples
+from scap_nncf.algorithms.documents import parse_json, parse_yaml, read_text
 from scap_nncf.algorithms.quantization.config import describe
 from scap_nncf.algorithms.quantization.snapshot import Snapshot
 from scap_nncf.algorithms.scap.controller import get_controller
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 STAGES = ("quantisation", "sparsity")
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 256 << 10
 
 
 def load_recipe(path: str | os.PathLike[str]) -> list[Any]:
@@ -57,16 +56,8 @@ def load_recipe(path: str | os.PathLike[str]) -> list[Any]:
     if not file.is_file():
         msg = f"No recipe at {file}: expected a YAML or JSON file with a list of steps."
         raise nncf.InvalidPathError(msg)
-    if file.stat().st_size > _MAX_BYTES:
-        msg = f"{file} has {file.stat().st_size} bytes, more than a recipe may have ({_MAX_BYTES})."
-        raise nncf.ValidationError(msg)
-    try:
-        text = file.read_text(encoding="utf-8")
-        data = json.loads(text) if file.suffix.lower() == ".json" else yaml.load(text, _Loader)
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"{file} is not valid {'JSON' if file.suffix.lower() == '.json' else 'YAML'}: {error}"
-        raise nncf.ValidationError(msg) from error
-    return parse_recipe(data, str(file))
+    parse = parse_json if file.suffix.lower() == ".json" else parse_yaml
+    return parse_recipe(parse(read_text(file, _MAX_BYTES, "a recipe"), str(file)), str(file))
 
 
 def parse_recipe(data: Any, source: str = "the recipe") -> list[Any]:
@@ -177,20 +168,6 @@ def _record(model: Any, builders: Sequence[CompressionBuilder]) -> None:
 # -- from plain data to configuration objects --------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without repeated keys: PyYAML would silently take the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if isinstance(name, (str, int, float, bool)):
-                if name in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is repeated", key.start_mark)
-                seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 def _step(item: Any, source: str) -> Any:
     if isinstance(item, str):
         item = {item: None}
@@ -226,7 +203,7 @@ def from_plain(kind: type, data: Any, source: str) -> Any:
         return kind(**values)
     except (nncf.ValidationError, nncf.ParameterNotSupportedError) as error:
         raise type(error)(f"{source}: {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         msg = f"{source}: {error}"
         raise nncf.ValidationError(msg) from error
 

@@ -22,13 +22,15 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from scap_nncf.algorithms.allocation.fisher import Costs
-from scap_nncf.algorithms.plan import Plan, sha256, write_atomically
+from scap_nncf.algorithms.documents import parse_json
+from scap_nncf.algorithms.plan import STATISTICS_FILE, Plan, sha256, write_atomically
 from scap_nncf.algorithms.scap.histogram import NUM_BUCKETS, ActivationHistogram
 from scap_nncf.algorithms.sites import Layer, Site
 
-STATISTICS_FILE = "statistics.safetensors"
 _FORMAT = "scap-nncf.statistics.1"
 _MAX_BYTES = 8 << 30
+_MAX_SITES = 1 << 15  # histograms are 512 KiB each: 16 GiB; a mixture with 256 experts in 60 blocks has half of that
+_MAX_COUNT = 1 << 46  # of one bucket: all 65,536 of them still add up in int64
 
 
 @dataclass(frozen=True)
@@ -124,27 +126,75 @@ class CalibrationStatistics:
         try:
             tensors = load_tensors(content)
             header_size = int.from_bytes(content[:8], "little")
-            described = json.loads(json.loads(content[8 : 8 + header_size])["__metadata__"]["scap_nncf"])
+            metadata = json.loads(content[8 : 8 + header_size])["__metadata__"]
+            described = parse_json(metadata["scap_nncf"], "the metadata")
             if described["format"] != _FORMAT:
                 msg = f"format is {described['format']!r}, expected {_FORMAT!r}"
                 raise ValueError(msg)
-            sites, histograms = [], {}
-            for index, item in enumerate(described["sites"]):
-                layers = tuple(Layer(str(n), str(r), int(i), int(o)) for n, r, i, o in item["layers"])
-                block = None if item["block"] is None else int(item["block"])
-                sites.append(Site(str(item["name"]), block, layers))
-                counts = np.zeros(NUM_BUCKETS, dtype=np.int64)
-                counts[tensors[f"{index}.buckets"]] = tensors[f"{index}.counts"]
-                histograms[sites[-1].name] = ActivationHistogram(counts, bool(item["exact"]))
+            if len(described["sites"]) > _MAX_SITES:
+                msg = f"{len(described['sites'])} sites, more than the {_MAX_SITES} that statistics may have"
+                raise ValueError(msg)
+            sites = [_read_site(item) for item in described["sites"]]
+            if len({site.name for site in sites}) < len(sites):
+                msg = "a site is there twice"
+                raise ValueError(msg)
+            histograms = {}
+            for index, (site, item) in enumerate(zip(sites, described["sites"])):
+                counts = _read_counts(tensors[f"{index}.buckets"], tensors[f"{index}.counts"])
+                histograms[site.name] = ActivationHistogram(counts, item["exact"] is True)
             costs = None
             if described["priced_tokens"] is not None:
                 names = [layer.name for site in sites for layer in site.layers]
                 prices = {name: tensors[f"{index}.prices"] for index, name in enumerate(names)}
-                costs = Costs(prices, int(described["priced_tokens"]))
-            return cls(tuple(sites), histograms, int(described["samples"]), costs)
-        except (SafetensorError, KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
+                costs = Costs(prices, _count(described["priced_tokens"]))
+            return cls(tuple(sites), histograms, _count(described["samples"]), costs)
+        except (
+            SafetensorError,
+            nncf.ValidationError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             msg = f"{source} is no calibration statistics of scap-nncf, or damaged: {error!r}."
             raise nncf.ValidationError(msg) from error
+
+
+def _read_site(item: Mapping[str, Any]) -> Site:
+    layers = tuple(Layer(_name(n), _name(r), _count(i, 1), _count(o, 1)) for n, r, i, o in item["layers"])
+    if not layers:
+        msg = f"site {item['name']!r} has no layers"
+        raise ValueError(msg)
+    return Site(_name(item["name"]), None if item["block"] is None else _count(item["block"]), layers)
+
+
+def _read_counts(buckets: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if buckets.dtype != np.uint16 or counts.dtype != np.int64 or buckets.ndim != 1 or buckets.shape != counts.shape:
+        msg = f"expected buckets uint16 [n] and counts int64 [n], got {buckets.dtype} and {counts.dtype}"
+        raise ValueError(msg)
+    if counts.size and not (counts.min() > 0 and counts.max() <= _MAX_COUNT and (buckets[1:] > buckets[:-1]).all()):
+        msg = "buckets must ascend and hold positive counts"
+        raise ValueError(msg)
+    full = np.zeros(NUM_BUCKETS, dtype=np.int64)
+    full[buckets] = counts
+    return full
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        msg = f"expected text, got {value!r}"
+        raise TypeError(msg)
+    return value
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MAX_COUNT:
+        msg = f"expected a whole number from {least} to {_MAX_COUNT}, got {str(value)[:80]}"
+        raise ValueError(msg)
+    return value
 
 
 def statistics_of_plan(folder: str | os.PathLike[str], plan: Plan) -> CalibrationStatistics | None:

@@ -132,7 +132,13 @@ def read_plan(graph: ov.Model) -> Plan | None:
     """The plan in a model's ``rt_info``, or None."""
     if not graph.has_rt_info(_PLAN):
         return None
-    return Plan.from_json(graph.get_rt_info(_PLAN).astype(str), "the plan in the model's rt_info")
+    source = "the plan in the model's rt_info"
+    try:
+        text = graph.get_rt_info(_PLAN).astype(str)
+    except (AttributeError, RuntimeError, UnicodeDecodeError) as error:  # a section instead of a text
+        msg = f"{source} is damaged: {error}."
+        raise nncf.ValidationError(msg) from error
+    return Plan.from_json(text, source)
 
 
 def is_enabled(graph: ov.Model) -> bool:

@@ -61,7 +61,15 @@ def resolve(model: nn.Module, sample: Any = None) -> dict[str, str]:
 
 
 def keep(model: nn.Module, keys: dict[str, str]) -> None:
-    """Set what :func:`resolve` returns, where it is known from before (a saved model)."""
+    """
+    Set what :func:`resolve` returns, where it is known from before (a saved model).
+
+    :raises nncf.ValidationError: a key is none of the model's hooks.
+    """
+    unknown = sorted(set(keys.values()) - set(_scales(model)))
+    if unknown:
+        msg = f"No multiplication of NNCF at {', '.join(unknown[:3])} in the model, which the saved description names."
+        raise nncf.ValidationError(msg)
     model.__dict__[_KEPT] = dict(keys)
 
 
