@@ -48,6 +48,8 @@ class CompressionBuilder(Algorithm):
     """
 
     config_type: ClassVar[type]
+    #: Made of (model, plan, calibration); what :func:`scap_nncf.get_controller` returns.
+    controller_type: ClassVar[type[Any]]
     #: When a recipe runs this: "quantisation" steps come before "sparsity" steps.
     stage: ClassVar[str] = "sparsity"
 
@@ -84,6 +86,19 @@ class CompressionBuilder(Algorithm):
         statistic_points: StatisticPointsContainer | None = None,
         dataset: nncf.Dataset | None = None,
     ) -> Any: ...
+
+
+def controller_for(plan: Plan) -> type[Any]:
+    """
+    The class of the controller of a plan.
+
+    :raises nncf.ParameterNotSupportedError: the plan is of an algorithm that is not registered.
+    """
+    known = COMPRESSION_ALGORITHMS.registry_dict
+    if plan.algorithm not in known:
+        msg = f"The plan is of algorithm {plan.algorithm!r}; registered are {', '.join(sorted(known))}."
+        raise nncf.ParameterNotSupportedError(msg)
+    return known[plan.algorithm].controller_type
 
 
 def builder_for(algorithm: Any, settings: Mapping[str, Any]) -> CompressionBuilder:

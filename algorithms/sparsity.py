@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import nncf
@@ -17,10 +17,16 @@ MODE_METHODS = ("auto", "zero", "mean", "median", "kde")
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of a layer. `mode_method` None means the algorithm's setting."""
+    """
+    What is asked of a layer.
+
+    :param mode_method: how its mode is found; None means the algorithm's setting.
+    :param selector: which part of the specification asked; an allocation keeps the total of each part.
+    """
 
     sparsity: float
     mode_method: str | None = None
+    selector: str = "all"
 
 
 SparsitySpec = float | str | Mapping[str, float]
@@ -104,7 +110,7 @@ def resolve(spec: SparsitySpec, sites: Sequence[Site]) -> dict[str, Target]:
         if len({targets[name] for name in names}) > 1:
             msg = f"Layer {layer.name} is named by {' and '.join(map(repr, names))} with different targets."
             raise nncf.ValidationError(msg)
-        resolved[layer.name] = targets[names[0]]
+        resolved[layer.name] = replace(targets[names[0]], selector=names[0])
     for site in sites:
         methods = {resolved[layer.name].mode_method for layer in site.layers if layer.name in resolved}
         if len(methods) > 1:

@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import Any
 
 from scap_nncf._version import __version__
+from scap_nncf.algorithms.mitigation import Mitigation
+from scap_nncf.algorithms.nm import Nm
 from scap_nncf.algorithms.plan import Plan
 from scap_nncf.algorithms.quantization import Quantization, WeightCompression
 from scap_nncf.algorithms.scap import CalibrationStatistics, Scap, get_controller, make_plan
@@ -39,6 +41,8 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "CalibrationStatistics",
+    "Mitigation",
+    "Nm",
     "Plan",
     "Quantization",
     "Scap",

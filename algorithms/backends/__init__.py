@@ -15,11 +15,14 @@ from nncf.common.tensor_statistics.collectors import TensorCollector
 from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
 from nncf.common.utils.backend import BackendType, get_backend
 
-from scap_nncf.algorithms.plan import Plan, SitePlan
+from scap_nncf.algorithms.plan import Plan, SitePlan, Vector
 from scap_nncf.algorithms.sites import ModelReport, Site
 
 if TYPE_CHECKING:  # the algorithms import this package
+    import numpy as np
+
     from scap_nncf.algorithms.allocation.fisher import Costs
+    from scap_nncf.algorithms.mitigation.config import Mitigation
     from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 
 
@@ -72,6 +75,17 @@ class Backend(Protocol):
 
     def shapes_of(self, model: Any) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of every FC layer by name."""
+
+    def dense_weight(self, model: Any, name: str) -> np.ndarray[Any, Any]:
+        """The weights that an FC layer computes with, whatever their format: float32 [in_features, out_features]."""
+
+    def train_mitigation(
+        self, model: Any, plan: Plan, mitigation: Mitigation, samples: Sequence[Any]
+    ) -> dict[tuple[str, str], Vector]:
+        """Learned vectors by layer name and kind, where the backend has gradients."""
+
+    def shifted_histograms(self, model: Any, plan: Plan, samples: Sequence[Any]) -> dict[str, ActivationHistogram]:
+        """Layer name → histogram of what a threshold is compared with, after all shifts of the plan."""
 
     def working_copy(self, model: Any) -> Any:
         """The model to change: itself where hooks are removable (torch), a clone where the graph changes (OpenVINO)."""

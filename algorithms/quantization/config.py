@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -135,6 +135,8 @@ def describe(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if is_dataclass(value) and not isinstance(value, (type, nncf.IgnoredScope)):
+        return describe(value)
     if isinstance(value, nncf.IgnoredScope):
         return {key: getattr(value, key) for key in ("names", "patterns", "types") if getattr(value, key)}
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -31,6 +31,7 @@ class ScapBuilder(CompressionBuilder):
     """Statistical Calibrated Activation Pruning (SCAP paper, sections 2 and 3)."""
 
     config_type: ClassVar[type] = Scap
+    controller_type: ClassVar[type] = ScapController
     config: Scap
 
     @property

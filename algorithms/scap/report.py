@@ -18,6 +18,7 @@ class LayerStatistics:
     :param sparsity: target.
     :param realised_sparsity: share of zeros that the pruner produced since the counters were reset; None where it has
         not run or is not counted.
+    :param pattern: ``N:M`` where there is one.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LayerStatistics:
     threshold: float
     sparsity: float
     realised_sparsity: float | None
+    pattern: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class RoleStatistics:
     realised_sparsity: float | None
     mode_range: tuple[float, float]
     threshold_range: tuple[float, float]
+    patterns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,13 @@ class ScapStatistics:
                 _percent(row.sparsity),
                 _percent(row.realised_sparsity),
                 _range(row.mode_range),
-                _range(row.threshold_range),
+                ", ".join(row.patterns) or _range(row.threshold_range),
             ]
             for row in self.roles()
         ]
         rows.append(["all", len(self.layers), _percent(self.sparsity), _percent(self.realised_sparsity), "", ""])
-        return create_table(header=["Role", "Layers", "Target", "Realised", "Mode", "Threshold"], rows=rows)
+        selection = "Pattern" if any(layer.pattern for layer in self.layers) else "Threshold"
+        return create_table(header=["Role", "Layers", "Target", "Realised", "Mode", selection], rows=rows)
 
 
 def make_statistics(plan: Plan, counts: dict[str, tuple[int, int]]) -> ScapStatistics:
@@ -104,6 +108,7 @@ def make_statistics(plan: Plan, counts: dict[str, tuple[int, int]]) -> ScapStati
                     threshold=layer.threshold,
                     sparsity=layer.sparsity,
                     realised_sparsity=zeros / total if total else None,
+                    pattern=None if layer.pattern is None else "{}:{}".format(*layer.pattern),
                 )
             )
     return ScapStatistics(tuple(layers), plan.prune)
@@ -126,6 +131,7 @@ def _role(role: str, layers: Sequence[LayerStatistics]) -> RoleStatistics:
         _weighted(layers, "realised_sparsity"),
         (min(modes), max(modes)),
         (min(thresholds), max(thresholds)),
+        tuple(dict.fromkeys(layer.pattern for layer in layers if layer.pattern is not None)),
     )
 
 

@@ -118,9 +118,9 @@ def stored_controller(model: Any) -> Any:
         plan = read_plan(graph)
         if plan is None:
             return None
-        from scap_nncf.algorithms.scap.controller import ScapController
+        from scap_nncf.algorithms.base import controller_for
 
-        controller = ScapController(model, plan)
+        controller = controller_for(plan)(model, plan)
         graph.__dict__[_CONTROLLER] = controller
     return controller
 

@@ -15,12 +15,15 @@ from scap_nncf.algorithms.backends.torch.prune import (
     stored_controller,
     working_copy,
 )
+from scap_nncf.algorithms.backends.torch.train import shifted_histograms, train_mitigation
+from scap_nncf.algorithms.backends.torch.weights import dense_matrix as dense_weight
 
 __all__ = [
     "collect",
     "collect_costs",
     "collect_sequential",
     "counts",
+    "dense_weight",
     "histograms_of",
     "insert",
     "inspect_model",
@@ -28,8 +31,10 @@ __all__ = [
     "reset_counts",
     "set_enabled",
     "shapes_of",
+    "shifted_histograms",
     "statistic_points",
     "store_controller",
     "stored_controller",
+    "train_mitigation",
     "working_copy",
 ]

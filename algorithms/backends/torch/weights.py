@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -57,6 +60,11 @@ def dense_weight(model: nn.Module, name: str) -> torch.Tensor:
     module = model.get_submodule(name)
     rows = torch.eye(module.in_features).split(256)  # type: ignore[arg-type]
     return torch.cat([_probe(module, part) for part in rows])
+
+
+def dense_matrix(model: nn.Module, name: str) -> np.ndarray[Any, Any]:
+    """As :func:`dense_weight`, as an array."""
+    return dense_weight(model, name).detach().cpu().numpy()
 
 
 def layer_bias(model: nn.Module, name: str) -> torch.Tensor | None:
