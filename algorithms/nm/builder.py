@@ -136,9 +136,7 @@ def _patterns(spec: Any, sites: Sequence[Site]) -> dict[str, tuple[Pattern, tupl
     return chosen
 
 
-def _site_plan(
-    site: Site, chosen: Mapping[str, tuple[Pattern, tuple[int, int]]], mode: float, method: str
-) -> SitePlan:
+def _site_plan(site: Site, chosen: Mapping[str, tuple[Pattern, tuple[int, int]]], mode: float, method: str) -> SitePlan:
     layers = []
     for layer in site.layers:
         if layer.name in chosen:

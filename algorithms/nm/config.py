@@ -37,7 +37,7 @@ class Nm:
         channel's weights, with outliers of the weights clipped and the rest standardised, or as they are.
     :param mitigation: error mitigation: a :class:`Mitigation`, or the paper's names such as ``"var+l-pts"``.
     :param prune: ``all`` prunes every token; ``decode`` leaves prompts dense and prunes tokens that come alone.
-    :param roles: only layers that one of these selectors names may be pruned.
+    :param roles: only layers that this selector, or one of these, names may be pruned.
     :param ignored_scope: layers to leave dense, by module name, regular expression or class name.
     :param subset_size: at most this many samples of the dataset are used; None uses all.
     """
@@ -46,11 +46,13 @@ class Nm:
     criterion: str = "act"
     mitigation: Mitigation | str | None = None
     prune: str = "all"
-    roles: Sequence[str] | None = None
+    roles: str | Sequence[str] | None = None
     ignored_scope: nncf.IgnoredScope | None = None
     subset_size: int | None = 128
 
     def __post_init__(self) -> None:
+        if isinstance(self.roles, str):
+            object.__setattr__(self, "roles", (self.roles,))
         parse_patterns(self.pattern)
         if self.criterion not in CRITERIA:
             msg = f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}."

@@ -22,7 +22,5 @@ class NmController(ScapController):
         """
         :raises nncf.ParameterNotSupportedError: always.
         """
-        msg = (
-            "The sparsity of N:M patterns is the pattern's; take it out with .strip() and compress anew with another."
-        )
+        msg = "The sparsity of N:M patterns is the pattern's; take it out with .strip() and compress anew with another."
         raise nncf.ParameterNotSupportedError(msg)

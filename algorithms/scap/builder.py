@@ -16,7 +16,9 @@ from scap_nncf.algorithms.allocation import allocate
 from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import COMPRESSION_ALGORITHMS, CompressionBuilder
 from scap_nncf.algorithms.data import Samples
+from scap_nncf.algorithms.mitigation import as_mitigation, mitigate
 from scap_nncf.algorithms.plan import Plan, SitePlan
+from scap_nncf.algorithms.quantization.config import describe
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.config import Scap
 from scap_nncf.algorithms.scap.controller import ScapController, get_controller
@@ -65,7 +67,12 @@ class ScapBuilder(CompressionBuilder):
         """
         _refuse_sparse(model)
         samples: Any = Samples(dataset, tokenizer, self.config.subset_size)
-        sites = self.find_sites(model, samples.first()).sites
+        first = samples.first()
+        mitigation, kept = as_mitigation(self.config.mitigation), []
+        if mitigation is not None:  # it goes through the data again
+            kept = list(samples)
+            samples = Samples(kept)
+        sites = self.find_sites(model, first).sites
         targets = sparsity_spec.resolve(self.config.sparsity, sites)
         sites = tuple(site for site in sites if any(layer.name in targets for layer in site.layers))
         backend = backend_of(model)
@@ -91,7 +98,8 @@ class ScapBuilder(CompressionBuilder):
 
             count = backend.collect_sequential(model, sites, points, list(samples), decide)
         calibration = CalibrationStatistics(sites, backend.histograms_of(points), count, costs)
-        return make_plan(calibration, self.config), calibration
+        plan = make_plan(calibration, self.config)
+        return (plan if mitigation is None else mitigate(model, plan, mitigation, kept)), calibration
 
     def get_statistic_points(self, model: Any, graph: NNCFGraph | None = None) -> StatisticPointsContainer:
         """One collector for each site that has a target; gather with the backend's ``collect``."""
@@ -114,12 +122,16 @@ class ScapBuilder(CompressionBuilder):
         histograms = backend_of(model).histograms_of(statistic_points)
         sites = tuple(site for site in self.find_sites(model).sites if site.name in histograms)
         calibration = CalibrationStatistics(sites, histograms)
-        return _insert(model, make_plan(calibration, self.config), calibration)
+        plan, mitigation = make_plan(calibration, self.config), as_mitigation(self.config.mitigation)
+        if mitigation is not None:
+            samples = [] if dataset is None else list(Samples(dataset, None, self.config.subset_size))
+            plan = mitigate(model, plan, mitigation, samples)
+        return _insert(model, plan, calibration)
 
 
 def make_plan(calibration: CalibrationStatistics, config: Scap) -> Plan:
     """
-    A plan from statistics; neither the model nor data is needed.
+    A plan from statistics; neither the model nor data is needed. Error mitigation, which needs them, is left out.
 
     :raises nncf.ValidationError: the configuration names layers that were not calibrated.
     """
@@ -160,6 +172,9 @@ def _made_by(config: Scap, calibration: CalibrationStatistics) -> dict[str, Any]
         "roles": None if config.roles is None else list(config.roles),
         "subset_size": config.subset_size,
     }
+    mitigation = as_mitigation(config.mitigation)
+    if mitigation is not None:
+        settings["mitigation"] = describe(mitigation)
     if config.ignored_scope is not None:
         scope = config.ignored_scope
         settings["ignored_scope"] = {"names": scope.names, "patterns": scope.patterns, "types": scope.types}

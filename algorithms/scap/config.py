@@ -11,6 +11,7 @@ import nncf
 
 from scap_nncf.algorithms import sparsity as sparsity_spec
 from scap_nncf.algorithms.allocation import check_allocation
+from scap_nncf.algorithms.mitigation.config import Mitigation, as_mitigation
 from scap_nncf.algorithms.plan import check_prune
 
 
@@ -39,6 +40,8 @@ class Scap:
         implementation does. False takes all statistics from the dense model in one streaming pass.
     :param roles: only layers that this selector, or one of these, names may be pruned.
     :param ignored_scope: layers to leave dense, by module name, regular expression or class name.
+    :param mitigation: error mitigation on top of the thresholds: a :class:`scap_nncf.Mitigation`, or names such as
+        ``"var+l-pts"``. A static shift is what `mode` is for.
     :param subset_size: at most this many samples of the dataset are used; None uses all.
     """
 
@@ -51,6 +54,7 @@ class Scap:
     roles: str | Sequence[str] | None = None
     ignored_scope: nncf.IgnoredScope | None = None
     subset_size: int | None = 128
+    mitigation: Mitigation | str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.roles, str):
@@ -59,6 +63,10 @@ class Scap:
         check_mode_method(self.mode)
         check_prune(self.prune)
         check_allocation(self.allocation)
+        mitigation = as_mitigation(self.mitigation)
+        if mitigation is not None and mitigation.shift == "static":
+            msg = "A static shift is the mode of a site: set mode='median', 'mean', 'kde' or 'auto' instead."
+            raise nncf.ValidationError(msg)
         if self.subset_size is not None:
             _check_count("subset_size", self.subset_size, " or None")
         _check_count("allocation_samples", self.allocation_samples)

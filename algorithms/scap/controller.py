@@ -102,6 +102,12 @@ class ScapController(CompressionController):
                 "dataset=, or load a folder that has statistics.safetensors."
             )
             raise nncf.ValidationError(msg)
+        if any(not layer.is_plain for layer in self.plan.layers):
+            msg = (
+                "The error mitigation of this plan was made for its thresholds; take it out with .strip() and compress "
+                "anew with the other sparsity."
+            )
+            raise nncf.ValidationError(msg)
         settings = dict(self.plan.made_by.get("settings") or {})
         settings["allocation"] = allocation or settings.get("allocation", "uniform")
         targets = resolve(sparsity, self.calibration.sites)

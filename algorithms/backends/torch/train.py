@@ -272,8 +272,21 @@ class _Learner:
         if layer.token_shift is not None:
             mu = token_shift(u, layer.token_shift)
             u = u - mu
-        z = prune(u, 0.0, layer.threshold) if layer.pattern is None else prune_nm(u, *layer.pattern, score)
+        if layer.pattern is None:
+            z = prune(u, 0.0, self._threshold(u, layer))
+        else:
+            z = prune_nm(u, *layer.pattern, score)
         dropped = u - z
         if layer.variance:
             z = z * variance_factor(u, z)
         return z + mu + shift, dropped
+
+    def _threshold(self, u: torch.Tensor, layer: LayerPlan) -> float:
+        """
+        τ for u [n, IC]: with another shift the plan's would drop another share of the values, so that of these rows is
+        taken.
+        """
+        if layer.threshold < 0 or (self.settings.shift not in ("token", "learned")):
+            return layer.threshold
+        size = u.detach().abs().flatten()
+        return float(size.kthvalue(max(1, round(layer.sparsity * size.numel()))).values)

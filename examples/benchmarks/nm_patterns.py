@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+N:M activation sparsity on real weights: patterns, criteria and error mitigation, beside pruned weights and CATS.
+
+    python examples/benchmarks/nm_patterns.py patterns --text wikitext2_test.txt --calibration c4.jsonl --output nm.json
+    python examples/benchmarks/nm_patterns.py {criteria,mitigation,weights,cats} ...
+
+Perplexity over windows of 512 tokens, the loss of each kept; every FC layer of every block is pruned, every token.
+Results are added to the JSON file measurement by measurement; with --seconds the script stops early (exit code 3) and
+goes on where it was when it is called again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import OutOfTime, Record
+from torch import nn
+
+import scap_nncf
+from scap_nncf import Mitigation, Nm
+from scap_nncf.algorithms.backends.torch.layers import named_fc_layers
+from scap_nncf.kernels.reference import keep_nm
+from scap_nncf.models import load_model
+from scap_nncf.perplexity import perplexity
+from scap_nncf.text import builtin_text, read_texts, token_batches, token_ids
+
+PATTERNS: dict[str, Any] = {"top-k 50 %": 0.5, "2:4": "2:4", "4:8": "4:8", "8:16": "8:16", "16:32": "16:32"}
+PATTERNS |= {"top-k 70 %": 0.7}
+MITIGATIONS = ("none", "s-pts", "d-pts", "var", "l-pts", "ls", "var+l-pts", "r-sparse")
+CRITERIA = ("act", "clact", "amber", "wina")
+
+
+class Bench:
+    """A model with its data."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.record = Record(args.output, args.part, args.seconds)
+        self.model, self.tokenizer = load_model(args.model, dtype=torch.float32)
+        texts = read_texts(args.text) if args.text else list(builtin_text("held_out"))
+        self.ids = token_ids(self.tokenizer, texts)[: args.tokens]
+        texts = read_texts(args.calibration) if args.calibration else list(builtin_text("calibration"))
+        self.samples = token_batches(self.tokenizer, texts, length=args.length, count=args.samples, seed=0)
+        self.record.set(
+            "settings",
+            {
+                "model": Path(args.model).name,
+                "text": Path(args.text).name if args.text else "builtin",
+                "calibration": Path(args.calibration).name if args.calibration else "builtin",
+                "tokens": len(self.ids),
+                "context": args.context,
+                "calibration_tokens": args.samples * args.length,
+            },
+        )
+
+    def dense(self) -> None:
+        self.record.once("dense", lambda: self.measure(self.model))
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        result = perplexity(model, self.ids, self.args.context)
+        row: dict[str, Any] = {"perplexity": round(result.perplexity, 4)}
+        row["window_nll"] = [round(loss / count, 5) for loss, count in result.windows]
+        return row
+
+    def compressed(self, algorithm: Any) -> dict[str, Any]:
+        """Perplexity of the model under an algorithm, and what the compression took."""
+        began = time.perf_counter()
+        scap_nncf.compress(self.model, algorithm=algorithm, dataset=self.samples)
+        seconds = time.perf_counter() - began
+        controller = scap_nncf.get_controller(self.model)
+        assert controller is not None
+        try:
+            row = self.measure(self.model)
+            statistics = controller.statistics()
+            row |= {"realised_sparsity": round(statistics.realised_sparsity or 0.0, 4), "seconds": round(seconds, 1)}
+            extra = sum(v.size for v in controller.plan.vectors.values())
+            weights = sum(layer.in_features * layer.out_features for layer in controller.plan.layers)
+            row["added_numbers_share"] = round(extra / weights, 5)
+        finally:
+            controller.strip()
+        return row
+
+    def nm(self, key: str, name: str, criterion: str = "act", mitigation: Any = None) -> None:
+        config = Nm(PATTERNS[name], criterion, mitigation)
+        self.record.once(key, lambda: self.compressed(config))
+
+
+def patterns(bench: Bench) -> None:
+    """Each pattern by magnitude, without mitigation."""
+    bench.dense()
+    for name in PATTERNS:
+        bench.nm(name, name)
+
+
+def criteria(bench: Bench) -> None:
+    """Each criterion under each pattern."""
+    for criterion in CRITERIA[1:]:
+        for name in PATTERNS:
+            bench.nm(f"{name}, {criterion}", name, criterion)
+
+
+def mitigation(bench: Bench) -> None:
+    """Each mitigation under each pattern, by magnitude."""
+    for name in ("8:16", "2:4", "16:32", "top-k 50 %", "top-k 70 %", "4:8"):
+        for what in MITIGATIONS[1:]:
+            bench.nm(f"{name}, {what}", name, mitigation=what)
+
+
+def weights(bench: Bench) -> None:
+    """Pruned weights in place of pruned activations: by magnitude, and by magnitude times the input's norm (Wanda)."""
+    moments = _input_norms(bench)
+    for name in ("2:4", "8:16", "top-k 50 %", "top-k 70 %"):
+        for score in ("magnitude", "wanda"):
+            bench.record.once(f"{name}, {score}", lambda name=name, score=score: _pruned(bench, name, score, moments))
+
+
+def _pruned(bench: Bench, name: str, score: str, moments: Callable[[], dict[str, torch.Tensor]]) -> dict[str, Any]:
+    model = copy.deepcopy(bench.model)
+    pattern = PATTERNS[name]
+    dropped = total = 0
+    with torch.no_grad():
+        for layer, module, (width, _) in named_fc_layers(model):
+            if layer == "lm_head":
+                continue
+            n, m = map(int, pattern.split(":")) if isinstance(pattern, str) else (width - round(pattern * width), width)
+            size = module.weight.abs()  # [OC, IC]; a group is of neighbouring inputs of one output, as Wanda's
+            if score == "wanda":
+                size = size * moments()[layer]
+            kept = keep_nm(size, n, m)
+            module.weight.mul_(kept)
+            dropped, total = dropped + int((~kept).sum()), total + kept.numel()
+    return bench.measure(model) | {"weight_sparsity": round(dropped / total, 4)}
+
+
+def _input_norms(bench: Bench) -> Callable[[], dict[str, torch.Tensor]]:
+    """Root mean square of each input channel of each layer over the calibration data, measured when first needed."""
+    found: dict[str, torch.Tensor] = {}
+
+    def measure() -> dict[str, torch.Tensor]:
+        if not found:
+            handles = []
+            for name, module, (width, _) in named_fc_layers(bench.model):
+                found[name] = torch.zeros(width)
+
+                def hook(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                    found[name] += args[0].flatten(0, -2).square().sum(0)
+
+                handles.append(module.register_forward_pre_hook(hook))
+            with torch.no_grad():
+                for sample in bench.samples:
+                    bench.model(**sample)
+            for handle in handles:
+                handle.remove()
+            for value in found.values():
+                value.sqrt_()
+        return found
+
+    return measure
+
+
+def training(bench: Bench) -> None:
+    """Time and memory of what is learned, and how it depends on the data."""
+    import resource
+
+    def measure(what: Mitigation) -> dict[str, Any]:
+        row = bench.compressed(Nm("8:16", mitigation=what))
+        return row | {"peak_memory_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+
+    for rate in (1e-3, 3e-3, 1e-2):
+        key = f"shift, variance and scaling, learning rate {rate}"
+        what = Mitigation(shift="learned", variance=True, scaling=True, learning_rate=rate)
+        bench.record.once(key, lambda what=what: measure(what))
+
+
+PARTS = {
+    "patterns": patterns,
+    "criteria": criteria,
+    "mitigation": mitigation,
+    "weights": weights,
+    "training": training,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=sorted(PARTS))
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--calibration", help="calibration texts, .txt or .jsonl (.gz)")
+    parser.add_argument("--text", help="evaluation text")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--seconds", type=float, help="begin no measurement after this many seconds")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    try:
+        PARTS[args.part](Bench(args))
+    except OutOfTime:
+        print("out of time: call again to go on", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
