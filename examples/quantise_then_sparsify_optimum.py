@@ -51,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_pretrained(model, args.output or Path(scratch) / "sparse", tokenizer)
         size = (folder / "openvino_model.bin").stat().st_size / 1e6
-        again = OVModelForCausalLM.from_pretrained(folder)  # Optimum's own class: nothing of this package is needed
+        again = OVModelForCausalLM.from_pretrained(str(folder))  # nothing of this package is needed
         print(f"quantised and sparse, {size:.0f} MB of weights, after reload:\n{answer(again, tokenizer)}")
 
 

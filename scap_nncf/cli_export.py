@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
         "scap-nncf export",
         description="Export a model to OpenVINO IR through Optimum-Intel, quantised as asked, calibrated and pruned.",
     )
-    parser.add_argument("model", metavar="MODEL", help="Hub id, folder of a PyTorch model, or demo.")
+    parser.add_argument("model", metavar="MODEL", help="Hub id, folder of a PyTorch or OpenVINO model, or demo.")
     openvino.parse_args_openvino(parser)
     for action in parser._actions:
         if "--model" in action.option_strings:

@@ -26,6 +26,7 @@ documented (how a configuration is applied, how a graph is replaced), hence the 
 from __future__ import annotations
 
 import os
+import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,7 +219,8 @@ def export(
     """
     What ``optimum-cli export openvino`` does, then calibration of the resulting IR and pruning.
 
-    :param ref: hub id, folder of a PyTorch model, or ``demo``.
+    :param ref: hub id, folder of a PyTorch model or of OpenVINO IR (which is taken as it is, quantised or not), or
+        ``demo``.
     :param folder: where to write; it is complete or not there.
     :param algorithm: default: ``Scap()``, 50 % of every layer.
     :param dataset: calibration data; texts need the tokenizer that comes with the model.
@@ -256,6 +258,12 @@ def export_arguments(given: Namespace, algorithm: Any, data: Any, plan: Any, ove
     without_tokenizer = source.is_dir() and not _has_tokenizer(source)
     if given.task == "auto":
         given.task = task_of(given.model, {"trust_remote_code": given.trust_remote_code, "cache_dir": given.cache_dir})
+    if (source / MODEL_FILE).is_file():
+        _refuse_quantisation(given)
+        with new_folder(target, overwrite) as partial:
+            shutil.copytree(source, partial, dirs_exist_ok=True)
+            _sparsify_folder(partial, algorithm, data, plan, given.task)
+        return target
     with new_folder(target, overwrite) as partial:
         given.output = partial
         parser = ArgumentParser()
@@ -270,6 +278,22 @@ def export_arguments(given: Namespace, algorithm: Any, data: Any, plan: Any, ove
             _remove_tokenizer(partial)
         _sparsify_folder(partial, algorithm, data, plan, given.task)
     return target
+
+
+def _refuse_quantisation(given: Namespace) -> None:
+    """
+    :raises nncf.ParameterNotSupportedError: flags that say how to export or quantise, for a model that is IR already.
+    """
+    openvino_command = require("optimum.commands.export.openvino", "optimum", _PURPOSE)
+    flags = {"--weight-format": given.weight_format, "--quant-mode": given.quant_mode}
+    named = [name for name, value in flags.items() if value is not None]
+    if named or not openvino_command.no_compression_parameter_provided(given):
+        msg = (
+            f"{given.model} holds an OpenVINO model, whose weights are taken as they are; leave out "
+            f"{', '.join(named) or 'the settings of a quantisation'}. To quantise it first, use a recipe in Python: "
+            "nncf.compress(ir, algorithm=[WeightCompression(...), Scap(...)], dataset=dataset)."
+        )
+        raise nncf.ParameterNotSupportedError(msg)
 
 
 def _sparsify_folder(folder: Path, algorithm: Any, data: Any, plan: Any, task: str) -> None:

@@ -141,7 +141,7 @@ def measure_ir(
     """Perplexity of an IR with a plan; for the first configuration also its size and realised sparsity."""
     from optimum.intel import OVModelForCausalLM
 
-    model = OVModelForCausalLM.from_pretrained(folder, compile=False, ov_config=config)
+    model = OVModelForCausalLM.from_pretrained(str(folder), compile=False, ov_config=config)
     if plan is not None:
         model = nncf.compress(model, plan=plan)
     result = perplexity(model, ids, context)

@@ -208,12 +208,24 @@ def test_ir_that_someone_else_quantised(tiny_model_dir: str, tmp_path: Path) -> 
     through_python = pipelines.from_pretrained(
         tiny_model_dir, quantization_config=config, algorithm=Scap(sparsity=0.4), dataset=TEXTS
     )
+    # the command takes it as well, and what it writes is that model
+    assert export_main([str(tmp_path / "theirs"), str(tmp_path / "m"), "--plan", _plan_of(calibrated, tmp_path)]) == 0
+    from_command = pipelines.from_pretrained(tmp_path / "m", ov_config=EXACT)
+    assert constants(from_command.model) == constants(calibrated.model)
+    assert scap_nncf.get_controller(from_command).plan.sites == scap_nncf.get_controller(calibrated).plan.sites
+    assert export_main([str(tmp_path / "theirs"), str(tmp_path / "again"), "--weight-format", "int8"]) == 1
+    assert export_main([str(tmp_path / "m"), str(tmp_path / "again"), *FAST]) == 1  # sparse already
+    assert not (tmp_path / "again").exists()
     ours, theirs = (
         {layer.name: layer.threshold for layer in scap_nncf.get_controller(model).plan.layers}
         for model in (calibrated, through_python)
     )
     assert ours.keys() == theirs.keys()
     assert all(ours[name] == pytest.approx(theirs[name], rel=1 / 64) for name in ours)
+
+
+def _plan_of(model: Any, folder: Path) -> str:
+    return str(scap_nncf.get_controller(model).save(folder / "plan"))
 
 
 def test_feature_extraction(bert_folder: str, tmp_path: Path) -> None:

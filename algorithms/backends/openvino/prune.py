@@ -43,6 +43,7 @@ def insert(model: Any, plan: Plan) -> None:
     Insert the pruning of a fitting plan (see :meth:`Plan.bind`) into a model that has none, and note the plan in its
     ``rt_info``. The model is as it was if anything fails.
     """
+    check_plan(plan)
     graph = ir_of(model)
     try:
         attach(graph, plan)
@@ -51,6 +52,19 @@ def insert(model: Any, plan: Plan) -> None:
         raise
     _write_plan(graph, plan)
     _changed(model, graph)
+
+
+def check_plan(plan: Plan) -> None:
+    """
+    :raises nncf.ParameterNotSupportedError: the plan asks for more than thresholds and modes.
+    """
+    other = [layer.name for layer in plan.layers if not layer.is_plain]
+    if other:
+        msg = (
+            f"The plan of {len(other)} layers, such as {other[0]}, has an N:M pattern or error mitigation, which exist "
+            "for PyTorch models only; OpenVINO models take thresholds and modes."
+        )
+        raise nncf.ParameterNotSupportedError(msg)
 
 
 def remove(model: Any) -> None:
