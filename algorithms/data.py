@@ -66,7 +66,8 @@ class Samples:
         if isinstance(item, str):
             return self._encode(item)
         if isinstance(item, Mapping):
-            if isinstance(item.get("input_ids"), Sequence):  # a row of datasets.Dataset: lists, not tensors
+            ids = item.get("input_ids")
+            if isinstance(ids, Sequence) or getattr(ids, "ndim", 2) == 1:  # a row of datasets.Dataset: no batch axis
                 import torch
 
                 keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in item]

@@ -256,6 +256,9 @@ def test_texts_with_a_tokenizer(tiny_llama: nn.Module, tiny_tokenizer: Any) -> N
     assert again.to_bytes() == statistics.to_bytes()
     tokenised = rows.map(lambda row: dict(tiny_tokenizer(row["text"])), remove_columns=["text"])
     assert scap_nncf.calibrate(tiny_llama, dataset=tokenised).to_bytes() == statistics.to_bytes()
+    for kind in ("torch", "numpy"):
+        columns = tokenised.with_format(kind, columns=["input_ids", "attention_mask"])
+        assert scap_nncf.calibrate(tiny_llama, dataset=columns).to_bytes() == statistics.to_bytes()
     with pytest.raises(nncf.ValidationError, match="tokenizer="):
         scap_nncf.calibrate(tiny_llama, dataset=texts)
 
