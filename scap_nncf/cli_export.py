@@ -121,6 +121,7 @@ def run_export(given: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
     expected: tuple[type[Exception], ...] = (typer.BadParameter, MissingExtraError, OSError, *_errors())
     try:
+        _check_files(given)
         with _work(as_json=False):  # progress and tables of NNCF go to stderr; stdout holds the result alone
             folder = export_arguments(given, _scap(given), data, given.plan, given.overwrite)
             controller = scap_nncf.get_controller(scap_nncf.load_openvino(folder))
@@ -131,6 +132,16 @@ def run_export(given: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         print(f"{parser.prog}: error: {text}", file=sys.stderr)
         return 2 if isinstance(error, typer.BadParameter) else 1
     return 0
+
+
+def _check_files(given: argparse.Namespace) -> None:
+    """Read what the user named before the export, which takes minutes; folders of images are looked at after it."""
+    from scap_nncf.text import read_texts
+
+    if given.plan is not None:
+        scap_nncf.Plan.load(given.plan)
+    elif given.calibration != "builtin" and not Path(given.calibration).is_dir():
+        read_texts(given.calibration, given.text_field)
 
 
 def _scap(given: argparse.Namespace) -> Any:

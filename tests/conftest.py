@@ -93,6 +93,21 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any
     return str(folder)
 
 
+@pytest.fixture
+def reference_quantisers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """NNCF compiles its CPU quantisers for minutes at first use; its PyTorch reference computes the same, eagerly."""
+    from nncf.torch.quantization import quantize_functions
+    from nncf.torch.quantization.reference import ReferenceQuantizedFunctions
+
+    functions = {
+        "Quantize_forward": ReferenceQuantizedFunctions.Quantize_forward,
+        "Quantize_backward": ReferenceQuantizedFunctions.Quantize_backward,
+    }
+    monkeypatch.setattr(quantize_functions, "QuantizedFunctionsCPU", functions)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def _smollm2_shared() -> tuple[torch.nn.Module, Any]:
     from scap_nncf.models import demo_model

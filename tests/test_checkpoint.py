@@ -223,15 +223,8 @@ def test_any_module_with_a_given_skeleton(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "quantise", [Quantization(), WeightCompression("int4_sym", group_size=-1, compression_format="fake_quantize")]
 )
-def test_fake_quantised_models(
-    quantise: Any, tiny_model: Factory, batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NNCF compiles its CPU quantisers for minutes at first use; its own PyTorch reference computes the same."""
-    from nncf.torch.quantization import quantize_functions
-    from nncf.torch.quantization.reference import ReferenceQuantizedFunctions
-
-    functions = {"Quantize_forward": ReferenceQuantizedFunctions.Quantize_forward}
-    monkeypatch.setattr(quantize_functions, "QuantizedFunctionsCPU", functions)
+@pytest.mark.usefixtures("reference_quantisers")
+def test_fake_quantised_models(quantise: Any, tiny_model: Factory, batches: Batches, tmp_path: Path) -> None:
     data = batches()
     model = nncf.compress(tiny_model(), [quantise, Scap(sparsity=0.4, mode="median")], dataset=data)
     loaded = scap_nncf.load_pretrained(scap_nncf.save_pretrained(model, tmp_path / "m"))
