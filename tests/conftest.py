@@ -53,19 +53,6 @@ def batches() -> Callable[..., list[dict[str, torch.Tensor]]]:
     return make_batches
 
 
-@pytest.fixture
-def reference_quantisers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NNCF compiles its CPU quantisers for minutes at first use; its own PyTorch reference computes the same."""
-    from nncf.torch.quantization import quantize_functions
-    from nncf.torch.quantization.reference import ReferenceQuantizedFunctions
-
-    functions = {
-        "Quantize_forward": ReferenceQuantizedFunctions.Quantize_forward,
-        "Quantize_backward": ReferenceQuantizedFunctions.Quantize_backward,
-    }
-    monkeypatch.setattr(quantize_functions, "QuantizedFunctionsCPU", functions)
-
-
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """A byte-level BPE without merges, 131 ids (the tiny models' vocabulary): 3 special tokens and 128 ASCII bytes."""
