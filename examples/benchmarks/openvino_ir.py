@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-PyTorch against its OpenVINO IR on real weights, and what the export costs beside Optimum's plain one.
+PyTorch against its OpenVINO IR on real weights, what survives saving, and what the export costs beside Optimum's own.
 
-    python examples/benchmarks/openvino_ir.py parity --output results.json
-    python examples/benchmarks/openvino_ir.py export --output results.json
+    python examples/benchmarks/openvino_ir.py PART --output results.json
 
-`parity`: logits and loss of the dense model and of the sparse one, greedy text, share of flipped next tokens and of
-flipped pruning decisions, at the precision of PyTorch and at OpenVINO's default. A hard threshold turns a rounding into
-a flip, and a flip disturbs all later blocks; `control` shows how far that goes in PyTorch alone, when its embeddings
-are changed by one part in a million. `export`: wall clock, processor time and peak
-memory, each way in a process of its own. Results are added to the JSON file under the name of the part.
+`parity`: logits and loss of the dense model (that of any τ < 0) and of the sparse one, greedy text, share of flipped
+next tokens and of flipped pruning decisions, at the precision of PyTorch and at OpenVINO's default. A hard threshold
+turns a rounding into a flip, and a flip disturbs all later blocks; `control` shows how far that goes in PyTorch alone,
+when its embeddings are changed by one part in a million.
+
+`reload`: largest difference of the logits between a 4-bit sparse model and what is read back from disk, for every form
+that it is saved in; the types of the stored weights, and what the CPU plugin runs with them.
+
+`routes`: a plan calibrated on the IR that `optimum-cli export openvino --weight-format int4` wrote, beside that of the
+route through Python, by layer.
+
+`export`: wall clock, processor time and peak memory, each way in a process of its own.
+
+Results are added to the JSON file under the name of the part.
 """
 
 from __future__ import annotations
@@ -21,8 +29,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +51,7 @@ PROMPT = "The history of the city begins with"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["parity", "export"])
+    parser.add_argument("part", choices=["parity", "reload", "routes", "export"])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--sparsity", type=float, default=0.4)
     parser.add_argument("--samples", type=int, default=4, help="samples of 256 tokens, to calibrate and to compare")
@@ -51,8 +61,10 @@ def main() -> None:
     if args.child:
         print(json.dumps(export_once(args)))
         return
-    result = parity(args) if args.part == "parity" else export_cost(args)
-    result["command"] = "python examples/benchmarks/openvino_ir.py " + " ".join(sys.argv[1:])
+    parts = {"parity": parity, "reload": reload, "routes": routes, "export": export_cost}
+    result = parts[args.part](args)
+    words = [Path(word).name for word in sys.argv[1:]]  # without the folders of this machine
+    result["command"] = " ".join(["python", "examples/benchmarks/openvino_ir.py", *words])
     print(json.dumps(result, indent=1))
     if args.output:
         known = json.loads(args.output.read_text()) if args.output.is_file() else {}
@@ -184,6 +196,114 @@ def shares(differ: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
         by_block.setdefault(block_index(name) or 0, []).append(float(values.mean()))
     blocks = [float(np.mean(by_block[block])) for block in sorted(by_block)]
     return {"mean": float(np.mean(blocks)), "by_block": blocks}
+
+
+def reload(args: argparse.Namespace) -> dict[str, Any]:
+    from optimum.intel import OVModelForCausalLM
+
+    from scap_nncf.optimum import save_pretrained
+
+    model, tokenizer = load_model(args.model)
+    batches = token_batches(tokenizer, builtin_text("calibration"), length=256, count=args.samples)
+    steps = [scap_nncf.WeightCompression("int4_sym", group_size=64), scap_nncf.Scap(sparsity=args.sparsity)]
+    model = nncf.compress(model, algorithm=steps, dataset=batches)
+    sample = batches[0]
+    found: dict[str, Any] = {"model": args.model, "sparsity": args.sparsity, "weights": "int4_sym, group size 64"}
+
+    def difference(first: Any, second: Any) -> float:
+        return float((logits(first, sample) - logits(second, sample)).abs().max())
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        scap_nncf.save_pretrained(model, folder / "torch", tokenizer)
+        found["torch: save_pretrained, load_pretrained"] = difference(
+            scap_nncf.load_pretrained(folder / "torch"), model
+        )
+        scap_nncf.export_openvino(model, folder / "ir")
+        del model
+        config = {name: str(value) for name, value in EXACT.items()}
+        ir = OVModelForCausalLM.from_pretrained(str(folder / "ir"), ov_config=config)
+        ways: dict[str, Any] = {
+            "IR: scap_nncf.save_openvino": partial(scap_nncf.save_openvino, ir.model),
+            "IR: scap_nncf.optimum.save_pretrained": partial(save_pretrained, ir),
+            "IR: OVModelForCausalLM.save_pretrained": ir.save_pretrained,
+        }
+        for number, (name, save) in enumerate(ways.items()):
+            target = folder / str(number)
+            save(target)
+            if not (target / "config.json").is_file():  # an IR alone
+                (target / "config.json").write_bytes((folder / "ir" / "config.json").read_bytes())
+            again = OVModelForCausalLM.from_pretrained(str(target), ov_config=config)
+            found[name] = difference(again, ir)
+            del again
+        found["stored constants"] = dict(
+            Counter(
+                node.get_element_type().get_type_name()
+                for node in ir.model.get_ordered_ops()
+                if node.get_type_name() == "Constant" and node.get_element_type().get_type_name() in LOW_BITS
+            )
+        )
+        for name, given in (("f32 hint", config), ("default", {})):
+            found[f"products at run time, {name}"] = executed(ir.model, given)
+    return found
+
+
+LOW_BITS = ("i8", "u8", "i4", "u4", "nf4")
+
+
+def executed(graph: Any, config: dict[str, str]) -> dict[str, int]:
+    """Kind and weight type of the matrix products in the plugin's runtime graph → count."""
+    import openvino
+
+    counts: Counter[str] = Counter()
+    for node in openvino.Core().compile_model(graph, "CPU", config).get_runtime_model().get_ordered_ops():
+        kind = node.get_rt_info()["layerType"]
+        kind = kind if isinstance(kind, str) else kind.astype(str)
+        if kind in ("FullyConnected", "MatMul"):
+            counts[f"{kind} {node.input_value(1).get_element_type().get_type_name()}"] += 1
+    return dict(counts)
+
+
+def routes(args: argparse.Namespace) -> dict[str, Any]:
+    from optimum.intel import OVWeightQuantizationConfig
+
+    from scap_nncf.models import demo_model_folder
+    from scap_nncf.optimum import from_pretrained
+
+    source = str(demo_model_folder()) if args.model == "demo" else args.model
+    flags = ["--weight-format", "int4", "--group-size", "64", "--sym"]
+    tokenizer = load_tokenizer(source)
+    batches = token_batches(tokenizer, builtin_text("calibration"), length=256, count=args.samples)
+    with tempfile.TemporaryDirectory() as scratch:
+        target = str(Path(scratch) / "ir")
+        command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", source]
+        command += ["--task", "text-generation-with-past", *flags, target]
+        subprocess.run(command, check=True, capture_output=True)
+        step = scap_nncf.Scap(sparsity=args.sparsity)
+        as_it_stands = thresholds(from_pretrained(target, algorithm=step, dataset=batches))
+        config = OVWeightQuantizationConfig(bits=4, group_size=64, sym=True)
+        in_python = thresholds(from_pretrained(source, quantization_config=config, algorithm=step, dataset=batches))
+    relative = [abs(as_it_stands[name] - value) / value for name, value in in_python.items()]
+    return {
+        "model": args.model,
+        "sparsity": args.sparsity,
+        "tokens": 256 * args.samples,
+        "optimum-cli": "export openvino " + " ".join(flags),
+        "same_layers": as_it_stands.keys() == in_python.keys(),
+        "layers": len(in_python),
+        "largest_relative_difference_of_thresholds": max(relative),
+        "bucket_width": 1 / 128,
+    }
+
+
+def load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source)
+
+
+def thresholds(model: Any) -> dict[str, float]:
+    return {layer.name: layer.threshold for layer in scap_nncf.get_controller(model).plan.layers}
 
 
 def export_cost(args: argparse.Namespace) -> dict[str, Any]:

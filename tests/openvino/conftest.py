@@ -6,7 +6,7 @@ There is no `__init__.py` here on purpose: this folder must not hide the package
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,16 @@ import pytest
 
 ov = pytest.importorskip("openvino", reason="needs the extra 'openvino'")
 pytest.importorskip("optimum.intel", reason="needs the extra 'optimum'")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_in_the_working_folder() -> Iterator[None]:
+    """A model saved under a bare name lands wherever the tests are run."""
+    before = set(Path.cwd().glob("*.xml")) | set(Path.cwd().glob("*.bin"))
+    yield
+    written = (set(Path.cwd().glob("*.xml")) | set(Path.cwd().glob("*.bin"))) - before
+    assert not written, f"a test wrote {sorted(path.name for path in written)} into the current folder"
+
 
 @pytest.fixture(scope="session")
 def core() -> Any:
