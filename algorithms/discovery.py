@@ -16,7 +16,7 @@ import nncf
 from scap_nncf.algorithms import roles
 from scap_nncf.algorithms.plan import block_index
 from scap_nncf.algorithms.scope import ignored_reason
-from scap_nncf.algorithms.sites import Layer, LeftOut, ModelReport, Site
+from scap_nncf.algorithms.sites import Layer, LeftOut, ModelReport, Site, expert_pool
 
 
 @dataclass(frozen=True)
@@ -117,4 +117,8 @@ def _role(layer: FoundLayer, index: int, readers: int) -> str:
     if layer.is_head:
         return "lm_head"
     shape = (layer.in_features, layer.out_features)
-    return roles.table_role(layer.name) or roles.structural_role(index, readers, *shape)
+    role = roles.table_role(layer.name)
+    if role is None:
+        role = roles.structural_role(index, readers, *shape)
+        role = role if expert_pool(layer.name) is None else roles.expert_role(role)
+    return role

@@ -13,17 +13,23 @@ from collections.abc import Iterable, Sequence
 
 import nncf
 
-from scap_nncf.algorithms.sites import Layer
+from scap_nncf.algorithms.sites import Layer, expert_pool
 
-ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2", "in", "out", "lm_head")
+#: Layers of a mixture-of-experts block's experts.
+EXPERT_ROLES = ("experts.gate", "experts.up", "experts.gate_up", "experts.down")
+_FFN_ROLES = ("gate", "up", "gate_up", "down", "fc1", "fc2", *EXPERT_ROLES)
+ROLES = ("q", "k", "v", "qkv", "o", "in", "out", *_FFN_ROLES, "lm_head")
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "attn": ("q", "k", "v", "qkv", "o"),
-    "ffn": ("gate", "up", "gate_up", "down", "fc1", "fc2"),
+    "ffn": _FFN_ROLES,
+    "experts": EXPERT_ROLES,
     "all": tuple(role for role in ROLES if role != "lm_head"),
     # the paper speaks of up and down also where a family calls them fc1 and fc2
-    "up": ("up", "fc1"),
-    "down": ("down", "fc2"),
+    "up": ("up", "fc1", "experts.up"),
+    "down": ("down", "fc2", "experts.down"),
+    "gate": ("gate", "experts.gate"),
+    "gate_up": ("gate_up", "experts.gate_up"),
 }
 
 # (pattern on the dotted module name, role). The first match wins.
@@ -41,6 +47,10 @@ _ROLE_TABLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?:SelfAttention|EncDecAttention)\.(?:o)", "o"),
         (r"(?:mixer|mamba|ssm)\.in_proj", "in"),
         (r"(?:mixer|mamba|ssm)\.out_proj", "out"),
+        # latent attention (DeepSeek): down to the latent and up from it
+        (r"(?:q_a_proj|q_b_proj)", "q"),
+        (r"kv_a_proj_with_mqa", "k"),
+        (r"kv_b_proj", "v"),
         (r"(?:o_proj|out_proj|out_lin)", "o"),
         (r"(?:attn|attention|self_attention)\.(?:c_proj|proj|dense|wo)", "o"),
         (r"(?:attention|attn|crossattention)\.output\.dense", "o"),
@@ -69,7 +79,14 @@ def is_router(name: str, in_features: int, out_features: int) -> bool:
 
 def table_role(name: str) -> str | None:
     """The role that the module name says, or None."""
-    return next((role for pattern, role in _ROLE_TABLE if pattern.search(name)), None)
+    role = next((role for pattern, role in _ROLE_TABLE if pattern.search(name)), None)
+    return role if role is None or expert_pool(name) is None else expert_role(role)
+
+
+def expert_role(role: str) -> str:
+    """The role of an expert's layer, from what it would be in a plain feed-forward."""
+    role = {"fc1": "up", "fc2": "down"}.get(role, role)
+    return f"experts.{role}" if f"experts.{role}" in EXPERT_ROLES else role
 
 
 def structural_role(index: int, readers: int, in_features: int, out_features: int) -> str:
@@ -98,8 +115,8 @@ def matches(selector: str, layer: Layer) -> bool:
     """
     Whether a selector names a layer.
 
-    :param selector: a role, a group (``attn``, ``ffn``, ``all``), or ``re:`` and a regular expression that is searched
-        in the layer's name.
+    :param selector: a role, a group (``attn``, ``ffn``, ``experts``, ``all``), or ``re:`` and a regular expression
+        that is searched in the layer's name.
     """
     if selector.startswith("re:"):
         return _pattern(selector).search(layer.name) is not None
@@ -109,10 +126,8 @@ def matches(selector: str, layer: Layer) -> bool:
 def rank(selector: str) -> int:
     """How specific a selector is: a pattern beats a role, a role beats a group, a group beats ``all``."""
     if selector.startswith("re:"):
-        return 3
-    if selector == "all":
-        return 0
-    return 1 if selector in ("attn", "ffn") else 2
+        return 4
+    return {"all": 0, "attn": 1, "ffn": 1, "experts": 2}.get(selector, 3)
 
 
 def check_selectors(selectors: Iterable[str], layers: Sequence[Layer]) -> None:
@@ -130,8 +145,8 @@ def check_selectors(selectors: Iterable[str], layers: Sequence[Layer]) -> None:
             continue
         why = "names no layer of this model" if known else "is not a role"
         msg = (
-            f"{selector!r} {why}. Roles in this model: {', '.join(present) or 'none'}; groups: attn, ffn, all; "
-            "or write 're:' and a regular expression on the layer name."
+            f"{selector!r} {why}. Roles in this model: {', '.join(present) or 'none'}; groups: attn, ffn, "
+            "experts, all; or write 're:' and a regular expression on the layer name."
         )
         raise nncf.ValidationError(msg)
 

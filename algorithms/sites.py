@@ -3,10 +3,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from nncf.common.utils.helpers import create_table
+
+
+_EXPERT = re.compile(r"^(?P<before>(?:.*\.)?experts)\.(?:expert_)?(?P<index>\d+)\.(?P<after>.+)$")
+
+
+def expert_pool(name: str) -> str | None:
+    """
+    What a layer of a mixture-of-experts expert has in common with the same layer of the block's other experts:
+    its name with ``*`` for the number of the expert. None for other layers.
+    """
+    found = _EXPERT.match(name)
+    return None if found is None else f"{found['before']}.*.{found['after']}"
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from nncf.common.utils.helpers import create_table
 from torch import nn
 
 from scap_nncf.algorithms.backends.torch.discover import inspect_model
+from scap_nncf.algorithms.backends.torch.experts import expert_layers
 from scap_nncf.algorithms.backends.torch.layers import fc_shape
-from scap_nncf.algorithms.backends.torch.prune import DEPLOYMENT, Pruner, named_pruners
+from scap_nncf.algorithms.backends.torch.prune import DEPLOYMENT, Pruner, expert_pruners, named_pruners
 from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan
 from scap_nncf.algorithms.scap.controller import get_controller
-from scap_nncf.algorithms.sites import LeftOut, Site
+from scap_nncf.algorithms.sites import LeftOut, Site, expert_pool
 from scap_nncf.kernels import gated
 from scap_nncf.kernels.modules import (
     DeployedGlu,
@@ -330,7 +331,7 @@ def _replace_layers(deployment: Deployment, plan: Plan) -> None:
     model = deployment.model
     deployment.decode_only = plan.prune == "decode"
     reasons = {
-        layer.name: _simulated_only(layer) or _unsupported(model.get_submodule(layer.name)) for layer in plan.layers
+        layer.name: _simulated_only(layer) or _unsupported_layer(model, layer.name) for layer in plan.layers
     }
     simulated = [name for layer in plan.layers for name in [_simulated_only(layer)] if name is not None]
     try:
@@ -341,7 +342,7 @@ def _replace_layers(deployment: Deployment, plan: Plan) -> None:
         weights = {}
         reasons = dict.fromkeys(reasons, f"the model is quantised, and no kernel serves {error}")
     deployment.left = [
-        LeftOut(name, type(model.get_submodule(name)).__name__, reason)
+        LeftOut(name, _kind_of(model, name), reason)
         for name, reason in reasons.items()
         if reason is not None
     ]
@@ -414,7 +415,7 @@ def _with_dense_layers(model: nn.Module, plan: Plan, weights: Mapping[str, Quant
             LayerPlan(layer.name, layer.role, layer.in_features, layer.out_features, -1.0, 0.0)
             for layer in site.layers
             if layer.name not in planned
-            and (layer.name in weights or _unsupported(model.get_submodule(layer.name)) is None)
+            and (layer.name in weights or _unsupported_layer(model, layer.name) is None)
         )
         owner = next((sites[layer.name] for layer in site.layers if layer.name in planned), None)
         if not dense:
@@ -433,7 +434,7 @@ def _with_dense_layers(model: nn.Module, plan: Plan, weights: Mapping[str, Quant
 
 def _sites_of(model: nn.Module) -> tuple[Site, ...]:
     """All sites of the model's blocks; none where the model cannot be run without the user's data."""
-    pruners = [(pruner, pruner.enabled) for _, pruner in named_pruners(model)]
+    pruners = [(pruner, pruner.enabled) for pruner in _all_pruners(model)]
     try:
         for pruner, _ in pruners:
             pruner.enabled = False  # the watched pass is not counted
@@ -531,6 +532,22 @@ class _Layers:
 def _mode(site: SitePlan, layer: LayerPlan) -> float:
     # a layer that keeps everything is not centred, as in the simulation
     return site.mode if layer.threshold >= 0 else 0.0
+
+
+def _all_pruners(model: nn.Module) -> list[Any]:
+    return [*(pruner for _, pruner in named_pruners(model)), *expert_pruners(model)]
+
+
+def _kind_of(model: nn.Module, name: str) -> str:
+    layer = expert_layers(model).get(name)
+    return type(model.get_submodule(name if layer is None else layer.module_name)).__name__
+
+
+def _unsupported_layer(model: nn.Module, name: str) -> str | None:
+    """Why no kernel serves a layer of a plan, or None."""
+    if expert_pool(name) is not None and name in expert_layers(model):
+        return "no kernel for experts that are fused into one parameter"
+    return _unsupported(model.get_submodule(name))
 
 
 def _unsupported(module: nn.Module) -> str | None:

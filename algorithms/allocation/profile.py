@@ -24,7 +24,7 @@ def allocate(role_of: Mapping[str, str], weights: Mapping[str, int], budget: flo
     """
     if budget <= 0:
         return dict.fromkeys(weights, 0.0)
-    logits = {name: _logit(ROLE_SPARSITY.get(role, 0.5)) for name, role in role_of.items()}
+    logits = {name: _logit(ROLE_SPARSITY.get(role.removeprefix("experts."), 0.5)) for name, role in role_of.items()}
 
     def spread(shift: float) -> dict[str, float]:
         return {name: min(1 / (1 + math.exp(-(value + shift))), MAX_SPARSITY) for name, value in logits.items()}

@@ -23,6 +23,7 @@ from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.config import Scap
 from scap_nncf.algorithms.scap.controller import ScapController, get_controller
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
+from scap_nncf.algorithms.scap.pooling import shrink
 from scap_nncf.algorithms.scap.site_plan import plan_site, site_mode
 from scap_nncf.algorithms.scap.statistics import make_collector
 from scap_nncf.algorithms.sites import ModelReport, Site
@@ -81,7 +82,7 @@ class ScapBuilder(CompressionBuilder):
         if self.config.allocation == "fisher":
             samples = list(samples)
             count = backend.collect(model, points, samples, len(samples))
-            dense = backend.histograms_of(points)
+            dense = shrink(sites, backend.histograms_of(points))
             modes = {site.name: site_mode(site, dense[site.name], targets, self.config.mode)[0] for site in sites}
             costs = backend.collect_costs(model, sites, dense, modes, samples[: self.config.allocation_samples])
             if self.config.sequential:
@@ -137,7 +138,8 @@ def make_plan(calibration: CalibrationStatistics, config: Scap) -> Plan:
     """
     targets = sparsity_spec.resolve(config.sparsity, calibration.sites)
     targets = allocate(config.allocation, targets, calibration.sites, calibration.costs)
-    plans = (plan_site(site, calibration.histograms[site.name], targets, config.mode) for site in calibration.sites)
+    histograms = calibration.planning_histograms()
+    plans = (plan_site(site, histograms[site.name], targets, config.mode) for site in calibration.sites)
     sites = tuple(site_plan for site_plan in plans if site_plan is not None)
     return Plan(sites, "scap", config.prune, _made_by(config, calibration))
 

@@ -25,6 +25,7 @@ from scap_nncf.algorithms.allocation.fisher import Costs
 from scap_nncf.algorithms.documents import parse_json
 from scap_nncf.algorithms.plan import STATISTICS_FILE, Plan, sha256, write_atomically
 from scap_nncf.algorithms.scap.histogram import NUM_BUCKETS, ActivationHistogram
+from scap_nncf.algorithms.scap.pooling import shrink
 from scap_nncf.algorithms.sites import Layer, Site
 
 _FORMAT = "scap-nncf.statistics.1"
@@ -51,6 +52,14 @@ class CalibrationStatistics:
     def tokens(self) -> int:
         """Tokens seen by the first site."""
         return self.histograms[self.sites[0].name].total // self.sites[0].width if self.sites else 0
+
+    def planning_histograms(self) -> dict[str, ActivationHistogram]:
+        """What thresholds and modes are planned with: experts that few tokens reached draw on their siblings."""
+        return shrink(self.sites, self.histograms)
+
+    def tokens_at(self, site: Site) -> int:
+        """Tokens that reached a site; an expert sees a part of them only."""
+        return self.histograms[site.name].total // site.width
 
     def merge(self, other: CalibrationStatistics) -> CalibrationStatistics:
         """

@@ -53,7 +53,9 @@ class ScapController(CompressionController):
 
     def statistics(self) -> ScapStatistics:
         """Targets, modes, thresholds and the realised sparsity since the counters were reset."""
-        return make_statistics(self.plan, backend_of(self._model).counts(self._model))
+        calibration = self.calibration
+        tokens = {} if calibration is None else {site.name: calibration.tokens_at(site) for site in calibration.sites}
+        return make_statistics(self.plan, backend_of(self._model).counts(self._model), tokens)
 
     def reset_counters(self) -> None:
         """Start counting the realised sparsity anew."""
@@ -115,8 +117,9 @@ class ScapController(CompressionController):
         if mode is not None:
             check_mode_method(mode)
         methods = {site.name: site.mode_method for site in self.plan.sites}
+        histograms = self.calibration.planning_histograms()
         plans = (
-            plan_site(site, self.histograms[site.name], targets, mode or _again(methods.get(site.name)))
+            plan_site(site, histograms[site.name], targets, mode or _again(methods.get(site.name)))
             for site in self.calibration.sites
         )
         sites = tuple(site_plan for site_plan in plans if site_plan is not None)

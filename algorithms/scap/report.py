@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nncf.common.utils.helpers import create_table
 
 from scap_nncf.algorithms.plan import Plan
+from scap_nncf.algorithms.scap.pooling import OWN_TOKENS
+from scap_nncf.algorithms.sites import expert_pool
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class LayerStatistics:
     :param realised_sparsity: share of zeros that the pruner produced since the counters were reset; None where it has
         not run or is not counted.
     :param pattern: ``N:M`` where there is one.
+    :param tokens: calibration tokens that reached the layer; None where the plan came without statistics.
     """
 
     name: str
@@ -33,6 +36,28 @@ class LayerStatistics:
     sparsity: float
     realised_sparsity: float | None
     pattern: str | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """
+    The experts of one block's layer.
+
+    :param layer: name of the layer with ``*`` for the expert.
+    :param tokens: calibration tokens of each expert, None where the plan came without statistics.
+    :param starved: how many experts were planned on their siblings' statistics in part.
+    :param silent: how many of these no token reached.
+    :param realised_range: smallest and largest realised sparsity of an expert, None where none was counted.
+    """
+
+    layer: str
+    experts: int
+    tokens: tuple[int, ...] | None
+    starved: int
+    silent: int
+    threshold_range: tuple[float, float]
+    realised_range: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -70,7 +95,32 @@ class ScapStatistics:
         names = list(dict.fromkeys(layer.role for layer in self.layers))
         return tuple(_role(name, [layer for layer in self.layers if layer.role == name]) for name in names)
 
+    def experts(self) -> tuple[ExpertStatistics, ...]:
+        """One row for each layer that a mixture-of-experts block has once an expert."""
+        pools: dict[str, list[LayerStatistics]] = {}
+        for layer in self.layers:
+            pool = expert_pool(layer.name)
+            if pool is not None:
+                pools.setdefault(pool, []).append(layer)
+        return tuple(_experts(pool, layers) for pool, layers in pools.items())
+
     def __str__(self) -> str:
+        experts: list[list[Any]] = [
+            [
+                row.layer,
+                row.experts,
+                "-" if row.tokens is None else f"{min(row.tokens)} .. {max(row.tokens)}",
+                row.starved,
+                row.silent,
+                _range(row.threshold_range),
+                "-" if row.realised_range is None else " .. ".join(map(_percent, row.realised_range)),
+            ]
+            for row in self.experts()
+        ]
+        header = ["Experts", "Number", "Tokens", f"Under {OWN_TOKENS}", "Never ran", "Threshold", "Realised"]
+        return self._role_table() + ("\n" + create_table(header=header, rows=experts) if experts else "")
+
+    def _role_table(self) -> str:
         rows: list[list[Any]] = [
             [
                 row.role,
@@ -87,9 +137,12 @@ class ScapStatistics:
         return create_table(header=["Role", "Layers", "Target", "Realised", "Mode", selection], rows=rows)
 
 
-def make_statistics(plan: Plan, counts: dict[str, tuple[int, int]]) -> ScapStatistics:
+def make_statistics(
+    plan: Plan, counts: dict[str, tuple[int, int]], tokens: Mapping[str, int] | None = None
+) -> ScapStatistics:
     """
     :param counts: zeros and values counted at the input of each layer.
+    :param tokens: calibration tokens of each site.
     """
     layers = []
     for site in plan.sites:
@@ -109,6 +162,7 @@ def make_statistics(plan: Plan, counts: dict[str, tuple[int, int]]) -> ScapStati
                     sparsity=layer.sparsity,
                     realised_sparsity=zeros / total if total else None,
                     pattern=None if layer.pattern is None else "{}:{}".format(*layer.pattern),
+                    tokens=(tokens or {}).get(site.name),
                 )
             )
     return ScapStatistics(tuple(layers), plan.prune)
@@ -120,6 +174,21 @@ def _weighted(layers: Sequence[LayerStatistics], attribute: str) -> float | None
     if not weights:
         return None
     return sum(layer.in_features * layer.out_features * value for layer, value in counted) / weights
+
+
+def _experts(pool: str, layers: Sequence[LayerStatistics]) -> ExpertStatistics:
+    tokens = tuple(layer.tokens for layer in layers if layer.tokens is not None)
+    thresholds = [layer.threshold for layer in layers]
+    realised = [layer.realised_sparsity for layer in layers if layer.realised_sparsity is not None]
+    return ExpertStatistics(
+        pool,
+        len(layers),
+        tokens if len(tokens) == len(layers) else None,
+        sum(count < OWN_TOKENS for count in tokens),
+        sum(count == 0 for count in tokens),
+        (min(thresholds), max(thresholds)),
+        (min(realised), max(realised)) if realised else None,
+    )
 
 
 def _role(role: str, layers: Sequence[LayerStatistics]) -> RoleStatistics:

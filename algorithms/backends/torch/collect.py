@@ -17,13 +17,16 @@ from nncf.common.tensor_statistics.statistic_point import StatisticPoint, Statis
 from nncf.tensor import Tensor
 from torch import nn
 
+from scap_nncf.algorithms.backends.torch import experts
 from scap_nncf.algorithms.backends.torch.layers import input_argument
 from scap_nncf.algorithms.backends.torch.prune import correction
+from scap_nncf.algorithms.backends.torch.prune_experts import ExpertsPruner
 from scap_nncf.algorithms.backends.torch.run import attention_mask, evaluation, forward_sample
 from scap_nncf.algorithms.plan import SitePlan
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
+from scap_nncf.algorithms.scap.pooling import shrink
 from scap_nncf.algorithms.scap.statistics import HistogramStatistic
-from scap_nncf.algorithms.sites import Site
+from scap_nncf.algorithms.sites import Site, expert_pool
 from scap_nncf.kernels.reference import prune
 
 ALGORITHM = "scap"
@@ -96,9 +99,16 @@ class _Recorder:
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        handles = []
+        handles: list[Any] = []
+        fused = experts.expert_layers(model)
+        observed = {fused[name].module_name for name in self.collectors if name in fused}
+        stages = [(model.get_submodule(name), _ExpertsObserver(self, name)) for name in observed]
         try:
+            for module, stage in stages:
+                experts.attach(module, stage, first=True)
             for name in self.collectors:
+                if name in fused:
+                    continue
                 module = model.get_submodule(name)
 
                 def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
@@ -108,12 +118,34 @@ class _Recorder:
                 handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
             yield
         finally:
+            for module, stage in stages:
+                experts.detach(module, stage)
             for handle in handles:
                 handle.remove()
 
+    def record_experts(self, module_name: str, projection: str, x: torch.Tensor, rows: experts.Rows) -> list[str]:
+        """Add the rows [S, IC] of fused experts; returns the names of the sites that got any."""
+        assert rows.experts is not None
+        assert rows.tokens is not None
+        mask = self._current.mask
+        kept = None
+        if mask is not None and mask.numel() == rows.total:
+            kept = mask.reshape(-1).to(x.device)[rows.tokens] != 0
+        reached = []
+        for expert in rows.experts.unique().tolist():
+            name = f"{module_name}.{expert}.{projection}"
+            if name not in self.collectors:
+                continue
+            reached.append(name)
+            chosen = rows.experts == expert
+            self._add(name, x[chosen if kept is None else chosen & kept])
+        return reached
+
     def record(self, name: str, x: torch.Tensor) -> None:
         """Add an activation [..., IC] of the current sample to a site's statistic."""
-        x = _without_padding(x, self._current.mask)
+        self._add(name, _without_padding(x, self._current.mask))
+
+    def _add(self, name: str, x: torch.Tensor) -> None:
         if x.numel() == 0:  # an expert that no token reached
             return
         collector = self.collectors[name]
@@ -124,6 +156,18 @@ class _Recorder:
                 "and the sample; half precision may overflow (try bfloat16 or float32)."
             )
             raise nncf.ValidationError(msg)
+
+
+class _ExpertsObserver(experts.Stage):
+    """Feeds the collectors of fused experts."""
+
+    def __init__(self, recorder: _Recorder, module_name: str) -> None:
+        self._recorder = recorder
+        self._module_name = module_name
+
+    def before(self, projection: str, x: torch.Tensor, rows: experts.Rows) -> torch.Tensor:
+        self._recorder.record_experts(self._module_name, projection, x, rows)
+        return x
 
 
 def _without_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -137,14 +181,17 @@ def histograms_of(points: StatisticPointsContainer) -> dict[str, ActivationHisto
     """
     Site name → activation histogram.
 
-    :raises nncf.ValidationError: a site never ran.
+    :raises nncf.ValidationError: a site never ran. Experts may be silent where another expert of their block ran.
     """
     result = {}
     for _, point, collector in points.get_tensor_collectors():
-        statistic = collector.get_statistics()
-        assert isinstance(statistic, HistogramStatistic)
-        result[point.target_point.target_node_name] = statistic.to_histogram()  # type: ignore[attr-defined]
-    silent = [name for name, histogram in result.items() if histogram.total == 0]
+        result[point.target_point.target_node_name] = _histogram(collector)  # type: ignore[attr-defined]
+    alive = {expert_pool(name) for name, histogram in result.items() if histogram.total}
+    silent = [
+        name
+        for name, histogram in result.items()
+        if histogram.total == 0 and (expert_pool(name) is None or expert_pool(name) not in alive)
+    ]
     if silent:
         msg = (
             f"{len(silent)} of {len(result)} sites never ran during calibration: {', '.join(silent[:5])}"
@@ -181,9 +228,14 @@ def collect_sequential(
     """
     if not samples:
         raise nncf.ValidationError(EMPTY_DATASET)
-    lockstep = _Lockstep({site.name: index for index, site in enumerate(sites)})
+    fused = experts.expert_layers(model)
+    # experts of a block are decided together: those that few tokens reached draw on the others
+    stop_of = {site.name: expert_pool(site.name) or site.name for site in sites}
+    members: dict[str, list[Site]] = {}
+    for site in sites:
+        members.setdefault(stop_of[site.name], []).append(site)
+    lockstep = _Lockstep({stop: index for index, stop in enumerate(members)})
     recorder = _Recorder(points)
-    by_name = {site.name: site for site in sites}
     decided: dict[str, SitePlan] = {}
     corrections: dict[str, torch.Tensor] = {}
 
@@ -194,7 +246,7 @@ def collect_sequential(
             x = input_argument(args, kwargs)
             if position == 0 and site.name not in decided:
                 recorder.record(site.name, x)
-                lockstep.wait_at(site.name)
+                lockstep.wait_at(stop_of[site.name])
             if site.name not in decided:  # another layer reached the tensor first in this sample
                 return None
             z = prune(x, decided[site.name].mode, decided[site.name].layers[position].threshold)
@@ -211,27 +263,74 @@ def collect_sequential(
             forward_sample(model, sample, f"sample {index}")
 
     handles = []
+    stages: list[tuple[nn.Module, experts.Stage]] = []
     with evaluation(model):
         try:
+            for name in dict.fromkeys(fused[site.name].module_name for site in sites if site.name in fused):
+                stages.append((model.get_submodule(name), _ExpertsInSequence(model, name, recorder, lockstep, decided)))
+                experts.attach(*stages[-1])
             for site in sites:
+                if site.name in fused:
+                    continue
                 for position, layer in enumerate(site.layers):
                     module = model.get_submodule(layer.name)
                     pre_hook, post_hook = make_hooks(site, position)
                     handles.append(module.register_forward_pre_hook(pre_hook, prepend=True, with_kwargs=True))
                     handles.append(module.register_forward_hook(post_hook))
             jobs = [lambda index=index, sample=sample: run(index, sample) for index, sample in enumerate(samples)]
-            for name in track(lockstep.run(jobs), total=len(sites), description="Calibrating sites in sequence"):
-                statistic = recorder.collectors[name].get_statistics()
-                assert isinstance(statistic, HistogramStatistic)
-                plan = decide(by_name[name], statistic.to_histogram())
-                if plan.mode != 0.0:
-                    corrections.update({layer.name: correction(model, plan, layer) for layer in plan.layers})
-                decided[name] = plan
+            for stop in track(lockstep.run(jobs), total=len(members), description="Calibrating sites in sequence"):
+                together = members[stop]
+                histograms = {site.name: _histogram(recorder.collectors[site.name]) for site in together}
+                histograms = shrink(together, histograms)
+                for site in together:
+                    if not histograms[site.name].total:  # a call without rows, or with padding alone
+                        continue
+                    plan = decide(site, histograms[site.name])
+                    if plan.mode != 0.0 and site.name not in fused:
+                        corrections.update({layer.name: correction(model, plan, layer) for layer in plan.layers})
+                    decided[site.name] = plan
         finally:
             lockstep.stop()
+            for module, stage in stages:
+                experts.detach(module, stage)
             for handle in handles:
                 handle.remove()
     return len(samples)
+
+
+class _ExpertsInSequence(experts.Stage):
+    """Fused experts in sequential calibration: record, wait for the other samples, go on pruned."""
+
+    def __init__(
+        self, model: nn.Module, module_name: str, recorder: _Recorder, lockstep: _Lockstep, decided: dict[str, SitePlan]
+    ) -> None:
+        self._model, self._name = model, module_name
+        self._recorder, self._lockstep, self._decided = recorder, lockstep, decided
+        self._pruners: dict[str, ExpertsPruner] = {}
+        self._layers = experts.layers_of(module_name, model.get_submodule(module_name))
+
+    def before(self, projection: str, x: torch.Tensor, rows: experts.Rows) -> torch.Tensor:
+        pool = f"{self._name}.*.{projection}"
+        known = [layer for layer in self._layers if layer.projection == projection]
+        undecided = not any(layer.name in self._decided for layer in known)
+        if undecided and self._recorder.record_experts(self._name, projection, x, rows):
+            self._lockstep.wait_at(pool)
+        if projection not in self._pruners:
+            planned = [layer for layer in known if layer.name in self._decided]
+            found = [
+                (layer, self._decided[layer.name], self._decided[layer.name].layers[0]) for layer in planned
+            ]
+            self._pruners[projection] = ExpertsPruner.of_plan(self._model, self._name, found, decode_only=False)
+        return self._pruners[projection].before(projection, x, rows)
+
+    def after(self, projection: str, y: torch.Tensor, rows: experts.Rows) -> torch.Tensor:
+        return self._pruners[projection].after(projection, y, rows)
+
+
+def _histogram(collector: TensorCollector) -> ActivationHistogram:
+    statistic = collector.get_statistics()
+    assert isinstance(statistic, HistogramStatistic)
+    return statistic.to_histogram()
 
 
 class _Stopped(BaseException):

@@ -17,11 +17,11 @@ import nncf
 import torch
 from torch import nn
 
-from scap_nncf.algorithms.backends.torch import function_hooks
+from scap_nncf.algorithms.backends.torch import experts, function_hooks
 from scap_nncf.algorithms.backends.torch.layers import fc_shape, input_argument, named_fc_layers
 from scap_nncf.algorithms.backends.torch.run import evaluation, forward_sample
 from scap_nncf.algorithms.discovery import FoundLayer, make_report
-from scap_nncf.algorithms.sites import LeftOut, ModelReport
+from scap_nncf.algorithms.sites import LeftOut, ModelReport, expert_pool
 
 
 @dataclass
@@ -29,8 +29,7 @@ class _Seen:
     """What the watched forward pass showed of one FC layer."""
 
     order: int
-    tensor: tuple[Any, ...]  # identifies the input tensor
-    calls: int = 1
+    tensors: list[tuple[Any, ...]]  # identify the input tensor of each call
     kept: list[torch.Tensor] = field(default_factory=list)  # alive until the end, so that no address is used twice
 
 
@@ -64,22 +63,31 @@ def inspect_model(
     :raises nncf.ValidationError: a selector or scope names nothing, or the model cannot take the sample.
     """
     found = list(named_fc_layers(model))
-    if not found:
+    fused = {name: module for name, module in experts.named_experts(model) if not experts.is_patched(module)}
+    if not found and not fused:
         msg = f"{type(model).__name__} has no fully connected layer (no module with in_features and out_features)."
         raise nncf.UnsupportedModelError(msg)
-    seen = _watch(model, [(name, module) for name, module, _ in found], sample)
+    seen = _watch(model, [*((name, module) for name, module, _ in found), *fused.items()], sample)
     if sample is not None:
         function_hooks.resolve(model, sample)  # mode*W may need it later, where there is no sample
     head = _output_embedding_name(model)
     kinds = {name: type(module).__name__ for name, module, _ in found}
     shapes = {name: shape for name, _, shape in found}
-    silent = [name for name in shapes if name not in seen]
+    _lend_to_silent_experts(seen, shapes)
+    silent = [name for name in [*shapes, *fused] if name not in seen]
+    kinds |= {name: type(module).__name__ for name, module in fused.items()}
     left_out = [LeftOut(name, kinds[name], "did not run in the watched forward pass") for name in silent]
-    left_out += _fused_experts(model)
-    layers = [
-        FoundLayer(name, kinds[name], *shapes[name], tensor=seen[name].tensor, is_head=name == head)
-        for name in sorted(seen, key=lambda name: seen[name].order)
-    ]
+    left_out += _routers(model) + _unknown_experts(model)
+    layers = []
+    for name in sorted(seen, key=lambda name: seen[name].order):
+        if name in fused:
+            layers += [
+                FoundLayer(layer.name, kinds[name], layer.in_features, layer.out_features, tensor=layer.name)
+                for layer in experts.layers_of(name, fused[name])
+            ]
+        else:
+            tensor = tuple(seen[name].tensors)
+            layers.append(FoundLayer(name, kinds[name], *shapes[name], tensor=tensor, is_head=name == head))
     return make_report(type(model).__name__, layers, selected_roles, ignored_scope, wanted, left_out)
 
 
@@ -89,12 +97,12 @@ def _watch(model: nn.Module, layers: list[tuple[str, nn.Module]], sample: Any) -
     def make_hook(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = input_argument(args, kwargs)
-            if name in seen:
-                seen[name].calls += 1
-                return
             # views of one storage with the same layout are the same tensor to an FC layer
             identity = (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x.shape[-1], x.dtype)
-            seen[name] = _Seen(len(seen), identity, kept=[x])
+            # a module that is called several times shares a site with those that read the same tensor each time
+            one = seen.setdefault(name, _Seen(len(seen), []))
+            one.tensors.append(identity)
+            one.kept.append(x)
 
         return hook
 
@@ -120,11 +128,48 @@ def _output_embedding_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
-def _fused_experts(model: nn.Module) -> list[LeftOut]:
-    """Experts held as 3-D parameters: no module is called for them, so pre-hooks cannot see them."""
+def _lend_to_silent_experts(seen: dict[str, _Seen], shapes: dict[str, tuple[int, int]]) -> None:
+    """
+    Experts that are modules of their own and that no token of the watched pass reached: they read what the experts
+    that ran read. Their statistics may be empty as well; planning draws on their siblings.
+    """
+    examples: dict[str, tuple[str, _Seen]] = {}
+    for name, one in seen.items():
+        pool = expert_pool(name)
+        if pool is not None:
+            examples.setdefault(pool, (name, one))
+    for name in shapes:
+        pool = expert_pool(name)
+        if name in seen or pool not in examples:
+            continue
+        example, one = examples[pool]
+        if shapes[example] == shapes[name]:
+            expert = name[len(pool.partition("*")[0]) :].partition(".")[0]
+            seen[name] = _Seen(one.order, [(expert, *tensor) for tensor in one.tensors])
+
+
+def _routers(model: nn.Module) -> list[LeftOut]:
+    """Routers that are modules with a weight, but no FC layers."""
     return [
-        LeftOut(name, type(module).__name__, "experts fused into 3-D parameters are not supported yet")
+        LeftOut(name, type(module).__name__, "router: decides which expert runs")
         for name, module in model.named_modules()
-        if "experts" in name and fc_shape(module) is None
+        if "router" in type(module).__name__.lower() and fc_shape(module) is None
+        if any(parameter.dim() == 2 for parameter in module.parameters(recurse=False))
+    ]
+
+
+def _unknown_experts(model: nn.Module) -> list[LeftOut]:
+    """Experts in parameters that are laid out in a way not known here: no module is called for a single one."""
+    return [
+        LeftOut(
+            name,
+            type(module).__name__,
+            "its forward is patched (offloading or another tool)"
+            if experts.projections(module)
+            else "experts fused into parameters of an unknown layout",
+        )
+        for name, module in model.named_modules()
+        if "expert" in f"{name} {type(module).__name__}".lower() and fc_shape(module) is None
+        if not experts.projections(module) or experts.is_patched(module)
         if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
     ]

@@ -13,10 +13,12 @@ from nncf.common.logging.track_progress import track
 from torch import nn
 
 from scap_nncf.algorithms.allocation.fisher import LEVELS, Costs
+from scap_nncf.algorithms.backends.torch import experts
 from scap_nncf.algorithms.backends.torch.layers import input_argument
 from scap_nncf.algorithms.backends.torch.run import attention_mask, evaluation, forward_sample
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
-from scap_nncf.algorithms.sites import Site
+from scap_nncf.algorithms.scap.pooling import own_share
+from scap_nncf.algorithms.sites import Site, expert_pool
 
 
 def collect_costs(
@@ -45,6 +47,8 @@ def collect_costs(
         for site in sites
     }
     sums = {name: torch.zeros(len(LEVELS), dtype=torch.float64) for name, _ in layers}
+    fused = experts.expert_layers(model)
+    reached = {name: 0 for name, _ in layers if name in fused}  # tokens of each expert
     state: dict[str, Any] = {"mask": None}
     tokens = 0
 
@@ -62,10 +66,42 @@ def collect_costs(
 
         return hook
 
+    class Experts(experts.Stage):
+        """Each projection gets its own view of the rows; rows are sorted out by expert when the gradient comes."""
+
+        def __init__(self, module_name: str) -> None:
+            self.module_name = module_name
+
+        def before(self, projection: str, x: torch.Tensor, rows: experts.Rows) -> torch.Tensor:
+            own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            mask = state["mask"]
+            kept = None
+            if mask is not None and mask.numel() == rows.total:
+                kept = mask.reshape(-1).to(x.device)[rows.tokens] != 0
+
+            def add(gradient: torch.Tensor) -> None:
+                assert rows.experts is not None
+                for expert in rows.experts.unique().tolist():
+                    name = f"{self.module_name}.{expert}.{projection}"
+                    if name not in reached:
+                        continue
+                    chosen = rows.experts == expert if kept is None else (rows.experts == expert) & kept
+                    sums[name] += _prices(x.detach()[chosen], gradient[chosen], modes[name], boundaries[name], None)
+                    reached[name] += int(chosen.sum())
+
+            own.register_hook(add)
+            return own
+
     handles = [
         model.get_submodule(name).register_forward_pre_hook(make_hook(name, site), with_kwargs=True)
         for name, site in layers
+        if name not in fused
     ]
+    stages = [
+        (model.get_submodule(name), Experts(name)) for name in {fused[name].module_name for name in reached}
+    ]
+    for module, stage in stages:
+        experts.attach(module, stage)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in frozen:
@@ -87,9 +123,30 @@ def collect_costs(
     finally:
         for handle in handles:
             handle.remove()
+        for module, stage in stages:
+            experts.detach(module, stage)
         for parameter in frozen:
             parameter.requires_grad_(True)
-    return Costs({name: np.asarray(total / max(tokens, 1)) for name, total in sums.items()}, tokens)
+    prices = {name: np.asarray(total / max(reached.get(name, tokens), 1)) for name, total in sums.items()}
+    return Costs(_of_siblings(prices, reached), tokens)
+
+
+def _of_siblings(prices: dict[str, np.ndarray[Any, Any]], reached: Mapping[str, int]) -> dict[str, Any]:
+    """
+    Prices of experts are per token that reached them: a weight that is skipped saves a read only then. Experts that
+    few tokens reached draw on the others of their block, as their thresholds do.
+    """
+    pools: dict[str, list[str]] = {}
+    for name in reached:
+        pools.setdefault(str(expert_pool(name)), []).append(name)
+    result = dict(prices)
+    for members in pools.values():
+        total = sum(reached[name] for name in members)
+        pooled = sum(prices[name] * reached[name] for name in members) / max(total, 1)
+        for name in members:
+            share = own_share(reached[name])
+            result[name] = share * prices[name] + (1 - share) * pooled
+    return result
 
 
 def _sampled_loss(logits: torch.Tensor, mask: torch.Tensor | None, seed: int, index: int) -> torch.Tensor:

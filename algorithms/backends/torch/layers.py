@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from scap_nncf.algorithms.backends.torch.experts import expert_layers
+
 _NOT_FC = (nn.Embedding, nn.EmbeddingBag, nn.Bilinear)
 
 
@@ -39,8 +41,9 @@ def named_fc_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[in
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of every FC layer by module name."""
-    return {name: shape for name, _, shape in named_fc_layers(model)}
+    """(in_features, out_features) of every FC layer by module name, those of fused experts included."""
+    shapes = {name: shape for name, _, shape in named_fc_layers(model)}
+    return shapes | {name: (layer.in_features, layer.out_features) for name, layer in expert_layers(model).items()}
 
 
 def input_argument(args: tuple[object, ...], kwargs: dict[str, object]) -> torch.Tensor:

@@ -6,6 +6,8 @@ Each pruned layer gets a forward pre-hook that computes ``z = x − η`` with sm
 zero, a forward hook that adds ``η·W`` (equation 6 of the SCAP paper). N:M patterns and error mitigation hang on the
 same two hooks; :func:`scap_nncf.kernels.reference.mitigated_fc` defines what they compute. Works for any module that
 computes an FC layer, inside models wrapped by NNCF, under ``torch.compile`` and for export.
+Experts that are fused into 3-D parameters are pruned inside their module's forward
+(:mod:`scap_nncf.algorithms.backends.torch.prune_experts`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import nncf
 import torch
 from torch import nn
 
+from scap_nncf.algorithms.backends.torch import experts
 from scap_nncf.algorithms.backends.torch.layers import input_argument
+from scap_nncf.algorithms.backends.torch.prune_experts import ExpertsPruner
 from scap_nncf.algorithms.backends.torch.weights import column_sums, layer_bias, project
 from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan, Vector
 from scap_nncf.kernels.reference import prune, prune_nm, token_shift, variance_factor
@@ -143,6 +147,14 @@ def named_pruners(model: nn.Module) -> Iterator[tuple[nn.Module, Pruner]]:
                 yield module, owner
 
 
+def expert_pruners(model: nn.Module) -> Iterator[ExpertsPruner]:
+    """The pruner of every module with fused experts that has one."""
+    for _, module in experts.named_experts(model):
+        run = experts.run_of(module)
+        if run is not None:
+            yield from (stage for stage in run.stages if isinstance(stage, ExpertsPruner))
+
+
 def working_copy(model: nn.Module) -> nn.Module:
     """The model itself: hooks are added and removed without a trace."""
     return model
@@ -155,12 +167,27 @@ def insert(model: nn.Module, plan: Plan) -> None:
     Nothing is attached if anything fails.
     """
     _refuse_deployed(model)
-    buffers = {
-        layer.name: _buffers(model, site, layer, plan.vectors_of(layer)) for site in plan.sites for layer in site.layers
-    }
+    fused = experts.expert_layers(model)
+    by_module: dict[str, list[tuple[experts.ExpertLayer, SitePlan, LayerPlan]]] = {}
     for site in plan.sites:
         for layer in site.layers:
-            pruner = Pruner(layer, site.mode, plan.prune == "decode")
+            if layer.name in fused:
+                by_module.setdefault(fused[layer.name].module_name, []).append((fused[layer.name], site, layer))
+    buffers = {
+        layer.name: _buffers(model, site, layer, plan.vectors_of(layer))
+        for site in plan.sites
+        for layer in site.layers
+        if layer.name not in fused
+    }
+    decode_only = plan.prune == "decode"
+    of_experts = {name: ExpertsPruner.of_plan(model, name, found, decode_only) for name, found in by_module.items()}
+    for name, experts_pruner in of_experts.items():
+        experts.attach(model.get_submodule(name), experts_pruner)
+    for site in plan.sites:
+        for layer in site.layers:
+            if layer.name in fused:
+                continue
+            pruner = Pruner(layer, site.mode, decode_only)
             attach(model.get_submodule(layer.name), pruner, buffers[layer.name])
     forget_compiled_code()
 
@@ -226,6 +253,10 @@ def remove(model: nn.Module) -> None:
     """Detach every pruner: the model is as it was."""
     _refuse_deployed(model)
     for module in model.modules():
+        run = experts.run_of(module)
+        for stage in [] if run is None else list(run.stages):
+            if isinstance(stage, ExpertsPruner):
+                experts.detach(module, stage)
         for hooks, extra in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
@@ -255,6 +286,8 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
         model.__dict__[DEPLOYMENT].set_enabled(enabled)
     for _, pruner in named_pruners(model):
         pruner.enabled = enabled
+    for experts_pruner in expert_pruners(model):
+        experts_pruner.enabled = enabled
 
 
 @contextmanager
@@ -270,7 +303,7 @@ def token_policy(
     :param counted: bool [B, T], on the model's device: the tokens that count for the realised sparsity, where a layer
         sees [B, T, IC]; None counts all.
     """
-    pruners = [pruner for _, pruner in named_pruners(model)]
+    pruners: list[Any] = [*(pruner for _, pruner in named_pruners(model)), *expert_pruners(model)]
     for pruner in pruners:
         pruner.forced, pruner.counted = prune_all, counted
     try:
@@ -283,7 +316,10 @@ def token_policy(
 def counts(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Zeros and values counted at the input of each pruned layer since the last reset; padding counts as well."""
     deployed = model.__dict__[DEPLOYMENT].counts() if DEPLOYMENT in model.__dict__ else {}
-    return deployed | {pruner.layer.name: (int(pruner.zeros), pruner.total) for _, pruner in named_pruners(model)}
+    simulated = {pruner.layer.name: (int(pruner.zeros), pruner.total) for _, pruner in named_pruners(model)}
+    for experts_pruner in expert_pruners(model):
+        simulated |= experts_pruner.counts()
+    return deployed | simulated
 
 
 def reset_counts(model: nn.Module) -> None:
@@ -292,6 +328,8 @@ def reset_counts(model: nn.Module) -> None:
         model.__dict__[DEPLOYMENT].reset_counts()
     for _, pruner in named_pruners(model):
         pruner.reset()
+    for experts_pruner in expert_pruners(model):
+        experts_pruner.reset()
 
 
 def _refuse_deployed(model: nn.Module) -> None:

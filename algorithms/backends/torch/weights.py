@@ -94,6 +94,19 @@ def _matrix(model: nn.Module, name: str) -> torch.Tensor | None:
     return None
 
 
+def expert_column_sums(model: nn.Module, module_name: str, projection: str) -> torch.Tensor:
+    """
+    Column sums of a projection of all fused experts of a module.
+
+    :return: float32 [E, out_features] on the weight's device.
+    """
+    module = model.get_submodule(module_name)
+    weight = getattr(module, projection)
+    if _is_wrapped(model):
+        weight = _decompressed(model, f"{module_name}.{projection}", weight)
+    return weight.detach().sum(dim=1 if module.is_transposed else 2, dtype=torch.float64).float()
+
+
 def _floating(rows: torch.Tensor, module: nn.Module) -> torch.Tensor:
     """Rows on the device and in the type that a layer computes with."""
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -125,18 +138,23 @@ def _nncf_column_sums(model: nn.Module, name: str, weight: torch.Tensor) -> torc
     return (scale.double() @ matrix.double()).float()
 
 
-def _nncf_matrix(model: nn.Module, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W [in_features, out_features] after NNCF's hooks, and what it multiplies the layer's input with."""
+def _decompressed(model: nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
+    storage = get_hook_storage(model)
+    # NNCF knows a weight that several layers share by one of its names
+    names = [key for key, value in model.named_parameters(remove_duplicate=False) if value is weight]
+    hooked = (key for key in names if f"{key.replace('.', ':')}__0" in storage.post_hooks)
+    with torch.no_grad():
+        return storage.execute_post_function_hooks(next(hooked, name), 0, weight)
+
+
+def _nncf_matrix(model: nn.Module, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """W [in_features, out_features] after NNCF's hooks, and what it multiplies the layer's input with."""
     from scap_nncf.algorithms.backends.torch.function_hooks import input_scale
 
     with torch.no_grad():
-        storage = get_hook_storage(model)
-        # NNCF knows a weight that several layers share by one of its names
-        names = [key for key, value in model.named_parameters(remove_duplicate=False) if value is weight]
-        hooked = (key for key in names if f"{key.replace('.', ':')}__0" in storage.post_hooks)
-        dense = storage.execute_post_function_hooks(next(hooked, f"{name}.weight"), 0, weight)
+        dense = _decompressed(model, f"{name}.weight", weight)
         matrix = dense if type(model.get_submodule(name)).__name__ == "Conv1D" else dense.t()
         # AWQ and SmoothQuant multiply the activation right before the matrix product. Quantisers of the activation
         # that NNCF puts there as well are left out: their range is that of activations, not of ones.
