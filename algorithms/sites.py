@@ -9,7 +9,6 @@ from typing import Any
 
 from nncf.common.utils.helpers import create_table
 
-
 _EXPERT = re.compile(r"^(?P<before>(?:.*\.)?experts)\.(?:expert_)?(?P<index>\d+)\.(?P<after>.+)$")
 
 

@@ -8,6 +8,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from nncf.common.logging import nncf_logger
 from torch import nn
 
+from scap_nncf.algorithms.backends.torch.experts import expert_layers
+from scap_nncf.algorithms.backends.torch.prune import expert_pruners
 from scap_nncf.algorithms.plan import Plan
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.controller import ScapController, get_controller
@@ -53,6 +56,9 @@ def export_openvino(
     code (so no strip, no new sparsity), η·W would be that of the weights before they are stored, and no constant of
     the pruners could be kept in float32 where the weights go to float16.
 
+    Fused experts of a mixture of experts are the exception: their pruning is traced with the model, since the IR has no
+    layer of its own for one expert. The plan in the IR covers the other layers.
+
     The model is not changed; it may be on any device.
 
     :param model: a transformers model (or what else Optimum exports), on which ``nncf.compress`` was run.
@@ -80,13 +86,51 @@ def export_openvino(
     if controller is not None:
         check_plan(controller.plan)  # not after minutes of export
     with new_folder(folder, overwrite) as partial:
-        with controller.disabled() if controller is not None else nullcontext():
+        with controller.disabled() if controller is not None else nullcontext(), _experts_traced(model):
             task = _export_dense(model, partial, preprocessors, task, compress_to_fp16)
         gc.collect()  # the traced graph holds a copy of the weights
         if controller is not None:
             _check_scales(model, controller.plan, partial)
-            insert_into_folder(partial, controller.plan, controller.calibration)
+            plan, calibration = _without_experts(model, controller.plan, controller.calibration)
+            insert_into_folder(partial, plan, calibration)
     return Path(folder)
+
+
+@contextmanager
+def _experts_traced(model: nn.Module) -> Iterator[None]:
+    """
+    Keep the pruning of fused experts on while the model is traced.
+
+    :raises nncf.UnsupportedModelError: the export has replaced their forward, so the IR would be dense there.
+    """
+    pruners = list(expert_pruners(model))
+    for pruner in pruners:
+        pruner.enabled, pruner.traced = True, False
+    yield
+    untraced = [pruner.module_name for pruner in pruners if not pruner.traced]
+    if untraced:
+        msg = (
+            f"Optimum-Intel exports {type(model).__name__} with a forward of its own for {untraced[0]}, which does not "
+            "prune. Leave the experts dense: sparsity={'attn': ...}, or a plan without them."
+        )
+        raise nncf.UnsupportedModelError(msg)
+
+
+def _without_experts(
+    model: nn.Module, plan: Plan, calibration: CalibrationStatistics | None
+) -> tuple[Plan, CalibrationStatistics | None]:
+    """What is left to insert into an IR in whose graph fused experts are pruned already."""
+    fused = expert_layers(model)
+    inside = [layer.name for layer in plan.layers if layer.name in fused]
+    if not inside:
+        return plan, calibration
+    made_by = {**plan.made_by, "expert_layers_in_graph": len(inside)}
+    plan = replace(plan, sites=tuple(site for site in plan.sites if site.name not in fused), made_by=made_by)
+    if calibration is not None:
+        sites = tuple(site for site in calibration.sites if site.name not in fused)
+        histograms = {site.name: calibration.histograms[site.name] for site in sites}
+        calibration = replace(calibration, sites=sites, histograms=histograms, costs=None)
+    return plan, calibration
 
 
 def insert_into_folder(folder: Path, plan: Plan, calibration: CalibrationStatistics | None = None) -> None:

@@ -38,12 +38,14 @@ def must_decode(model: Any) -> bool:
     """
     if policy_of(model) != "decode":
         return False
-    from scap_nncf.algorithms.backends.torch.prune import DEPLOYMENT, named_pruners
+    from scap_nncf.algorithms.backends.torch.prune import DEPLOYMENT, expert_pruners, named_pruners
 
     if is_optimum_model(model) or DEPLOYMENT in model.__dict__:
         return True
     controller: Any = scap_nncf.get_controller(model)
-    return {p.layer.name for _, p in named_pruners(model)} != {layer.name for layer in controller.plan.layers}
+    simulated = {p.layer.name for _, p in named_pruners(model)}
+    simulated.update(name for pruner in expert_pruners(model) for name in pruner.counts())
+    return simulated != {layer.name for layer in controller.plan.layers}
 
 
 def run_prompt(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, Any]:

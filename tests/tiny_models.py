@@ -68,6 +68,37 @@ def _config(family: str) -> Any:
         ),
         # fused 3-D expert parameters
         "mixtral": lambda: tf.MixtralConfig(**grouped, num_local_experts=4, num_experts_per_tok=2),
+        "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+            **grouped,
+            num_experts=4,
+            num_experts_per_tok=3,
+            moe_intermediate_size=40,
+            shared_expert_intermediate_size=56,
+        ),
+        "qwen3_moe": lambda: tf.Qwen3MoeConfig(
+            **grouped, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40
+        ),
+        "olmoe": lambda: tf.OlmoeConfig(**grouped, num_experts=4, num_experts_per_tok=2),
+        # latent attention, a dense first block, a shared expert
+        "deepseek_v3": lambda: tf.DeepseekV3Config(
+            **{**grouped, "num_key_value_heads": HEADS},
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=40,
+            first_k_dense_replace=1,
+            q_lora_rank=24,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=12,
+            n_group=2,
+            topk_group=2,
+            n_shared_experts=1,
+        ),
+        # transposed expert weights with biases, gate and up interleaved
+        "gpt_oss": lambda: tf.GptOssConfig(
+            **grouped, head_dim=12, num_local_experts=4, num_experts_per_tok=2, sliding_window=16
+        ),
     }
     if family not in builders:
         raise KeyError(f"no tiny model of family {family!r}; there are {sorted(builders)}")

@@ -98,11 +98,6 @@ def test_model_without_blocks_is_one_block() -> None:
     assert roles == ["up", "down"]
 
 
-def test_experts_in_3d_parameters_are_named_as_left_out(tiny_model: Factory) -> None:
-    report = scap_nncf.inspect_model(tiny_model("mixtral"))
-    assert any("3-D" in item.reason for item in report.left_out)
-
-
 def test_selection(tiny_llama: nn.Module) -> None:
     assert scap_nncf.inspect_model(tiny_llama, roles="ffn") == scap_nncf.inspect_model(tiny_llama, roles=["ffn"])
     assert Scap(roles="ffn", sparsity=np.float32(0.5)) == Scap(roles=("ffn",))

@@ -281,3 +281,21 @@ except MissingExtraError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
     assert 'pip install "scap-nncf[optimum]"' in done.stdout
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_fused_experts_are_pruned_in_the_graph(
+    tiny_model: Models, batches: Models, exact: dict[str, Any], tmp_path: Path, family: str
+) -> None:
+    from optimum.intel import OVModelForCausalLM
+
+    model, data = tiny_model(family), batches(2)
+    nncf.compress(model, algorithm="scap", dataset=data, sparsity={"experts": 0.5, "attn": 0.3}, mode="mean")
+    expected = model(**data[0]).logits
+    folder = scap_nncf.export_openvino(model, tmp_path / "ir")
+    assert torch.equal(model(**data[0]).logits, expected)
+    exported = OVModelForCausalLM.from_pretrained(folder, ov_config=exact)
+    assert (exported(**data[0]).logits - expected).abs().mean() < 1e-3
+    plan = scap_nncf.get_controller(exported).plan
+    assert {layer.role for layer in plan.layers} == {"q", "k", "v", "o"}
+    assert plan.made_by["expert_layers_in_graph"] == 16

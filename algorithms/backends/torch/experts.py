@@ -235,7 +235,9 @@ def _eager(
         return torch.cat(parts) if parts else x.new_zeros(0, out_features)
 
     rows = Rows(experts, tokens, hidden.shape[0])
-    y = _gate(module, _through(stages, first, hidden[tokens], rows, linear))
+    y = _through(stages, first, hidden[tokens], rows, linear)
+    # expert by expert as well: the last bit of an activation function may depend on the place in a vector register
+    y = torch.cat([_gate(module, y[start:end]) for _, start, end in segments] or [_gate(module, y)])
     y = _through(stages, second, y, rows, linear) * scale
     result = torch.zeros_like(hidden)
     for _, start, end in segments:
@@ -272,7 +274,7 @@ def _batched(
     y = _gate(module, _through(stages, first, hidden[tokens], rows, linear))
     y = _through(stages, second, y, rows, linear) * weights.reshape(-1).unsqueeze(-1)
     y = y.masked_fill(elsewhere.unsqueeze(-1), 0.0)
-    return y.view(hidden.shape[0], ranks, -1).sum(dim=1).to(hidden.dtype)
+    return y.view(hidden.shape[0], ranks, hidden.shape[-1]).sum(dim=1).to(hidden.dtype)
 
 
 def _grouped(
@@ -309,7 +311,7 @@ def _grouped(
     rows = Rows(experts, tokens, hidden.shape[0])
     y = _gate(module, _through(stages, first, hidden[tokens], rows, linear))
     y = _through(stages, second, y, rows, linear) * weights.reshape(-1)[order].unsqueeze(-1)
-    return y[inverse].view(hidden.shape[0], ranks, -1).sum(dim=1).to(hidden.dtype)
+    return y[inverse].view(hidden.shape[0], ranks, hidden.shape[-1]).sum(dim=1).to(hidden.dtype)
 
 
 def _stacked(
