@@ -317,7 +317,7 @@ def test_patterns(tiny_model: Factory, batches: Factory) -> None:
     scap_nncf.get_controller(model).strip()
     before = [sorted(module.__dict__) for module in model.modules()]
     with pytest.raises(nncf.ParameterNotSupportedError, match="ignored_scope"):
-        nncf.compress(model, algorithm="nm", dataset=data, pattern="2:4", mitigation={"variance": True})
+        nncf.compress(model, algorithm="nm", dataset=data, pattern="2:4", mitigation="var")
     assert [sorted(module.__dict__) for module in model.modules()] == before
     assert torch.equal(model(**data[0]).logits, dense)
 
