@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,16 @@ def attach_statistics(model: Any, folder: str | os.PathLike[str]) -> ScapControl
     controller = get_controller(model)
     if controller is None or not (Path(folder) / PLAN_FILE).is_file():
         return controller
+    from scap_nncf.algorithms.backends.openvino import note_vectors
+
     plan = Plan.load(folder)
     if plan.sites != controller.plan.sites or plan.prune != controller.plan.prune:
         msg = f"{Path(folder) / PLAN_FILE} is not the plan of the model in this folder; save both together."
         raise nncf.ValidationError(msg)
     controller.calibration = statistics_of_plan(Path(folder), plan)
+    if plan.vectors:
+        controller.plan = replace(controller.plan, vectors=plan.vectors)
+        note_vectors(model, plan)
     return controller
 
 

@@ -439,15 +439,6 @@ def test_refused_models(read_ir: Models, batches: Models) -> None:
         nncf.compress(read_ir(), algorithm="scap", dataset=data, sparsity=0.5, ignored_scope=scope)
 
 
-def test_plans_of_more_than_thresholds_are_refused() -> None:
-    ir = handmade(np.random.default_rng(3).standard_normal((16, 8), dtype=np.float32))
-    plan = plan_of(0.0, 0.5, (16, 8))
-    layers = tuple(replace(layer, pattern=(2, 4)) for layer in plan.layers)
-    sites = (replace(plan.sites[0], layers=layers),)
-    with pytest.raises(nncf.ParameterNotSupportedError, match=r"such as layers\.0\.fc1, has an N:M pattern"):
-        nncf.compress(ir, plan=replace(plan, sites=sites))
-
-
 @pytest.mark.parametrize("greater", [False, True])
 def test_pruning_by_others_is_recognised(greater: bool) -> None:
     x = opset.parameter([-1, 5], np.float32, name="x")

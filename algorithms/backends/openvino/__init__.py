@@ -6,7 +6,9 @@ from scap_nncf.algorithms.backends.openvino.collect import (
     collect_costs,
     collect_sequential,
     histograms_of,
+    shifted_histograms,
     statistic_points,
+    train_mitigation,
 )
 from scap_nncf.algorithms.backends.openvino.discover import inspect_model
 from scap_nncf.algorithms.backends.openvino.layers import shapes_of
@@ -15,6 +17,7 @@ from scap_nncf.algorithms.backends.openvino.prune import (
     counts,
     insert,
     note_plan,
+    note_vectors,
     remove,
     reset_counts,
     set_enabled,
@@ -22,23 +25,28 @@ from scap_nncf.algorithms.backends.openvino.prune import (
     stored_controller,
     working_copy,
 )
+from scap_nncf.algorithms.backends.openvino.weights import dense_weight
 
 __all__ = [
     "collect",
     "collect_costs",
     "collect_sequential",
     "counts",
+    "dense_weight",
     "histograms_of",
     "insert",
     "inspect_model",
     "measure",
     "note_plan",
+    "note_vectors",
     "remove",
     "reset_counts",
     "set_enabled",
     "shapes_of",
+    "shifted_histograms",
     "statistic_points",
     "store_controller",
     "stored_controller",
+    "train_mitigation",
     "working_copy",
 ]

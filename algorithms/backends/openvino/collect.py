@@ -150,6 +150,26 @@ def collect_costs(
     raise nncf.ParameterNotSupportedError(msg)
 
 
+def train_mitigation(model: Any, plan: Plan, mitigation: Any, samples: Sequence[Any]) -> dict[Any, Any]:
+    """
+    :raises nncf.ParameterNotSupportedError: always; OpenVINO has no gradients.
+    """
+    raise nncf.ParameterNotSupportedError(_ON_PYTORCH.format(what="A learned error mitigation needs gradients, which"))
+
+
+def shifted_histograms(model: Any, plan: Plan, samples: Sequence[Any]) -> dict[str, ActivationHistogram]:
+    """
+    :raises nncf.ParameterNotSupportedError: always; such thresholds are found on PyTorch models.
+    """
+    raise nncf.ParameterNotSupportedError(_ON_PYTORCH.format(what="Thresholds after a shift of each token, which"))
+
+
+_ON_PYTORCH = (
+    "{what} OpenVINO models do not have. Compress the PyTorch model and export it, or apply its plan here: "
+    "nncf.compress(ov_model, plan=plan)."
+)
+
+
 class _Source:
     """Samples in the shape of a ``nncf.Dataset``: they may be a generator, and may have no length."""
 
@@ -250,8 +270,9 @@ def _without_outputs(model: ov.Model, count: int) -> ov.Model:
 
 
 def _without_padding(x: torch.Tensor, mask: np.ndarray[Any, Any] | None, channel_axis: int) -> torch.Tensor:
-    """Rows [n, IC] of an activation [B, T, IC] that the mask [B, T] keeps; x itself where it does not fit."""
-    if mask is None or x.numel() // x.shape[channel_axis] != mask.size:
+    """Rows [n, IC] of an activation that the mask [B, T] keeps; all of it, channels last, where it does not fit."""
+    x = x.movedim(channel_axis, -1)
+    if mask is None or x.numel() // x.shape[-1] != mask.size:
         return x
-    rows = x.movedim(channel_axis, -1).reshape(-1, x.shape[channel_axis])
+    rows = x.reshape(-1, x.shape[-1])
     return rows[torch.from_numpy(mask.reshape(-1))]

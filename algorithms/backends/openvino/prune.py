@@ -4,13 +4,15 @@ Pruning in an OpenVINO graph: plain operations before and after matrix products;
 
 ``z = x − η``, ``kept = Select(|z| <= τ, 0, z)`` feed the product, and ``η·W`` joins its bias (SCAP paper, equation 6).
 Layers that read one tensor with one threshold share these nodes. Every node that is inserted has ``/scap/`` in its
-friendly name, and the plan is kept in the model's ``rt_info``: all of it is found again after saving and loading.
+friendly name, and the plan is kept in the model's ``rt_info``: all of it is found again after saving and loading. The
+vectors of a plan are constants of the graph, in float32.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import nncf
@@ -19,15 +21,19 @@ import openvino as ov
 from openvino import opset13 as opset
 
 from scap_nncf.algorithms.backends.openvino.layers import MARK, Call, FcLayer, find_layers, ir_of, origin, scale_of
-from scap_nncf.algorithms.backends.openvino.weights import column_sums
-from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan
+from scap_nncf.algorithms.backends.openvino.select import Selected, Selection, make_selected, selection_of
+from scap_nncf.algorithms.backends.openvino.weights import column_sums, product
+from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan, Vector
 
 RT_INFO = ["nncf", "scap"]
 _PLAN = [*RT_INFO, "plan"]
 _ENABLED = [*RT_INFO, "enabled"]
 _CONTROLLER = "_scap_controller"
 _COUNTS = "_scap_counts"
+_VECTORS = "_scap_vectors"  # of the plan, while its nodes are not in the graph
 _HALF = (ov.Type.f16, ov.Type.bf16)
+#: Kinds of nodes behind a product; input 0 of each leads back to it.
+_BEHIND = ("with_residual", "with_token_shift", "scaled", "corrected")
 
 
 # -- what the Backend protocol asks for ------------------------------------------------------------------------------
@@ -43,7 +49,6 @@ def insert(model: Any, plan: Plan) -> None:
     Insert the pruning of a fitting plan (see :meth:`Plan.bind`) into a model that has none, and note the plan in its
     ``rt_info``. The model is as it was if anything fails.
     """
-    check_plan(plan)
     graph = ir_of(model)
     try:
         attach(graph, plan)
@@ -51,20 +56,8 @@ def insert(model: Any, plan: Plan) -> None:
         detach(graph)
         raise
     _write_plan(graph, plan)
+    note_vectors(graph, plan)
     _changed(model, graph)
-
-
-def check_plan(plan: Plan) -> None:
-    """
-    :raises nncf.ParameterNotSupportedError: the plan asks for more than thresholds and modes.
-    """
-    other = [layer.name for layer in plan.layers if not layer.is_plain]
-    if other:
-        msg = (
-            f"The plan of {len(other)} layers, such as {other[0]}, has an N:M pattern or error mitigation, which exist "
-            "for PyTorch models only; OpenVINO models take thresholds and modes."
-        )
-        raise nncf.ParameterNotSupportedError(msg)
 
 
 def remove(model: Any) -> None:
@@ -72,6 +65,7 @@ def remove(model: Any) -> None:
     graph = ir_of(model)
     detach(graph)
     _forget_plan(graph)
+    graph.__dict__.pop(_VECTORS, None)
     _changed(model, graph)
 
 
@@ -88,6 +82,7 @@ def set_enabled(model: Any, enabled: bool) -> None:
     if enabled:
         attach(graph, plan)
     else:
+        note_vectors(graph, plan)
         detach(graph)
     graph.set_rt_info("yes" if enabled else "no", _ENABLED)
     _changed(model, graph)
@@ -152,7 +147,34 @@ def read_plan(graph: ov.Model) -> Plan | None:
     except (AttributeError, RuntimeError, UnicodeDecodeError) as error:  # a section instead of a text
         msg = f"{source} is damaged: {error}."
         raise nncf.ValidationError(msg) from error
-    return Plan.from_json(text, source)
+    plan = Plan.from_json(text, source)
+    if not any(layer.vectors for layer in plan.layers):
+        return plan
+    return replace(plan, vectors=graph.__dict__.get(_VECTORS) or _vectors_in(graph, plan))
+
+
+def note_vectors(model: Any, plan: Plan) -> None:
+    """Keep the vectors of the model's plan with the model object: a graph that was saved dense has none."""
+    ir_of(model).__dict__[_VECTORS] = dict(plan.vectors)
+
+
+def _vectors_in(graph: ov.Model, plan: Plan) -> dict[tuple[str, str], Vector]:
+    """The vectors of a plan whose nodes are in the graph."""
+    constants: dict[str, Vector] = {}
+    for node in graph.get_ordered_ops():
+        owner, mark, rest = node.get_friendly_name().rpartition(MARK)
+        if mark and rest.startswith("vector.") and node.get_type_name() == "Constant":
+            constants[f"{owner}/{rest.removeprefix('vector.')}"] = node.data.astype(np.float32)
+    found: dict[tuple[str, str], Vector] = {}
+    for site in plan.sites:
+        for layer in site.layers:
+            for kind in layer.vectors:
+                # layers of a site with one selection share its constants
+                owners = [layer.name, *(other.name for other in site.layers if kind in ("shift", "score"))]
+                value = next((constants[f"{o}/{kind}"] for o in owners if f"{o}/{kind}" in constants), None)
+                if value is not None:
+                    found[layer.name, kind] = value if kind.startswith("low_rank") else value.reshape(-1)
+    return found
 
 
 def is_enabled(graph: ov.Model) -> bool:
@@ -163,6 +185,7 @@ def is_enabled(graph: ov.Model) -> bool:
 def note_plan(model: Any, plan: Plan) -> None:
     """Write a plan into the ``rt_info`` of a sparse model in place of the one that is there, which prunes the same."""
     _write_plan(ir_of(model), plan)
+    note_vectors(model, plan)
 
 
 def _write_plan(graph: ov.Model, plan: Plan) -> None:
@@ -206,37 +229,62 @@ def _changed(model: Any, graph: ov.Model) -> None:
 # -- nodes ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """
+    What is inserted for a layer, taken from the graph before it changes.
+
+    :param selection: what happens to its input, or None.
+    :param vectors: kind → vector of the plan.
+    :param correction: η·W [OC], or None where there is no shift.
+    :param sums: column sums of W [OC], for the token's own shift.
+    """
+
+    selection: Selection | None
+    vectors: dict[str, Vector]
+    correction: Vector | None
+    sums: Vector | None
+
+
 def attach(graph: ov.Model, plan: Plan) -> None:
     """Insert the nodes of a plan."""
     layers = {layer.name: layer for layer in find_layers(graph)[0]}
-    wanted = [(site, plan_of) for site in plan.sites for plan_of in site.layers if plan_of.threshold >= 0]
-    sums = {
-        plan_of.name: column_sums(layers[plan_of.name].calls[0], layers[plan_of.name].in_features)
-        for site, plan_of in wanted
-        if site.mode != 0.0
-    }
-    inserter = _Inserter(graph, plan.prune == "decode", _owners(layers.values(), wanted))
-    for site, plan_of in wanted:
+    wanted = [(site, plan_of) for site in plan.sites for plan_of in site.layers if plan_of.prunes or plan_of.vectors]
+    prepared = {plan_of.name: _prepare(layers[plan_of.name], site, plan_of, plan) for site, plan_of in wanted}
+    inserter = _Inserter(graph, plan.prune == "decode", _owners(layers.values(), prepared))
+    for _, plan_of in wanted:
         layer = layers[plan_of.name]
         for number, call in enumerate(layer.calls):
-            inserter.prune(layer, call, number, site.mode, plan_of.threshold)
-            if site.mode != 0.0:
-                inserter.correct(layer, call, number, np.float32(site.mode) * sums[layer.name])
+            inserter.insert(layer, call, number, prepared[plan_of.name])
     graph.validate_nodes_and_infer_types()
 
 
-def _owners(layers: Iterable[FcLayer], wanted: Iterable[tuple[SitePlan, LayerPlan]]) -> dict[str, Any]:
+def _prepare(layer: FcLayer, site: SitePlan, plan_of: LayerPlan, plan: Plan) -> _Prepared:
+    call, vectors = layer.calls[0], plan.vectors_of(plan_of)
+    selection = selection_of(site, plan_of, vectors)
+    correction = sums = None
+    if selection is not None:
+        if "shift" in vectors:
+            correction = product(call, layer.in_features, vectors["shift"][None])[0]
+        elif selection.mode != 0.0:
+            correction = np.float32(selection.mode) * column_sums(call, layer.in_features)
+        if selection.token_shift is not None:
+            sums = column_sums(call, layer.in_features)
+    return _Prepared(selection, vectors, correction, sums)
+
+
+def _owners(layers: Iterable[FcLayer], prepared: Mapping[str, _Prepared]) -> dict[str, Selection | None]:
     """
-    Whose pruner may stand before a node between activation and products (a scale, a quantiser): mode and threshold of
-    the first layer that reads it, or None where a reader is not pruned. The other readers get copies of the node.
+    Whose pruner may stand before a node between activation and products (a scale, a quantiser): the selection of the
+    first layer that reads it, or None where a reader is not pruned. The other readers get copies of the node.
     """
-    pruned = {plan_of.name: (site.mode, plan_of.threshold) for site, plan_of in wanted}
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[Selection | None]] = {}
     nodes: dict[str, ov.Node] = {}
     for layer in layers:
         for call in layer.calls:
             for node in call.chain:
-                found.setdefault(node.get_name(), []).append(pruned.get(layer.name))
+                selection = prepared[layer.name].selection if layer.name in prepared else None
+                found.setdefault(node.get_name(), []).append(selection)
                 nodes[node.get_name()] = node
     return {
         name: None if None in ways or len(ways) < _products(nodes[name]) else ways[0] for name, ways in found.items()
@@ -258,7 +306,7 @@ def detach(graph: ov.Model) -> None:
             _replace(node, origin(node.output(0)))
         elif kind == "copy":
             _replace(node, nodes[node.get_friendly_name().rpartition(MARK)[0]].output(0))
-        elif kind in ("bias", "corrected"):
+        elif kind in ("bias", *_BEHIND):
             _replace(node, node.input_value(0))
     graph.validate_nodes_and_infer_types()
 
@@ -293,30 +341,43 @@ class _Inserter:
         self._decode_only = decode_only
         self._owners = owners
         self._copies: dict[Any, ov.Node] = {}
-        self._pruners: dict[Any, ov.Node] = {}
+        self._selected: dict[Any, Selected] = {}
         self._magnitudes: dict[Any, tuple[Any, ov.Node]] = {}
         self._flags: dict[Any, ov.Node] = {}
 
-    def prune(self, layer: FcLayer, call: Call, number: int, mode: float, threshold: float) -> None:
+    def insert(self, layer: FcLayer, call: Call, number: int, prepared: _Prepared) -> None:
+        """All nodes of one call."""
+        selected = None
+        if prepared.selection is not None:
+            selected = self._prune(layer, call, number, prepared.selection)
+        self._correct(layer, call, number, prepared, selected)
+
+    def _prune(self, layer: FcLayer, call: Call, number: int, selection: Selection) -> Selected:
         """Feed a call with pruned activations."""
         source = call.source
-        key = (call.tensor, mode, threshold)
-        if key not in self._pruners:
+        key = (call.tensor, selection)
+        if key not in self._selected:
             name = _namer(layer, number)
             flag = self._decode_flag(source, call, name) if self._decode_only else None
-            self._pruners[key] = self._make_pruner(source, call.tensor, mode, threshold, flag, name)
-        feed, target = self._pruners[key].output(0), call.entry
+            if selection.is_plain:
+                mode, threshold = selection.mode, selection.threshold
+                self._selected[key] = Selected(self._make_pruner(source, call.tensor, mode, threshold, flag, name))
+            else:
+                width, axis = layer.in_features, call.channel_axis
+                self._selected[key] = make_selected(source, width, axis, selection, flag, name)
+        feed, target = self._selected[key].pruned.output(0), call.entry
         after = [node.input(_activation_port(node)) for node in call.chain[1:]]
         after.append(call.node.input(1 - call.weight_port))
         for node, port in zip(call.chain, after):
             # what other readers share stays theirs; they share the whole chain or its beginning
-            if self._owners[node.get_name()] == (mode, threshold):
+            if self._owners[node.get_name()] == selection:
                 break
             copy_key = (key, node.get_name())
             if copy_key not in self._copies:
                 self._copies[copy_key] = _copy_of(node, feed, len(self._copies))
             feed, target = self._copies[copy_key].output(0), port
         target.replace_source_output(feed)
+        return self._selected[key]
 
     def _make_pruner(
         self, source: Any, tensor: Any, mode: float, threshold: float, flag: ov.Node | None, name: Any
@@ -345,25 +406,73 @@ class _Inserter:
             return opset.select(dropped, zero, z, name=name("pruned"))
         return opset.convert(opset.select(dropped, zero, z, name=name("kept")), element, name=name("pruned"))
 
-    def correct(self, layer: FcLayer, call: Call, number: int, correction: np.ndarray[Any, Any]) -> None:
-        """Add η·W [OC] to a call's result: to its constant bias where it has one, else behind it."""
+    def _correct(self, layer: FcLayer, call: Call, number: int, prepared: _Prepared, selected: Selected | None) -> None:
+        """
+        What follows a product: what was dropped by way of the low rank, the token's own shift, the factor of each
+        channel, and what does not depend on the input, which joins the layer's constant bias where it has one.
+        """
         name = _namer(layer, number)
-        output = call.node.output(0)
-        consumers = list(output.get_target_inputs())
-        shape = (-1,) if call.channel_axis == -1 else (-1, 1)
-        vector: Any = opset.constant(correction.reshape(shape), output.get_element_type(), name=name("correction"))
-        if self._decode_only:
-            flag = self._decode_flag(call.source, call, name)
-            factor = opset.convert(flag, output.get_element_type(), name=name("g"))
-            vector = opset.multiply(vector, factor, name=name("active_correction"))
-        bias = _bias_port(consumers, layer.out_features) if call.channel_axis == -1 else None
-        if bias is not None:  # constants fold when the model is compiled: nothing is added at run time
-            bias.replace_source_output(opset.add(bias.get_source_output(), vector, name=name("bias")).output(0))
+        first = call.node.output(0)
+        consumers = list(first.get_target_inputs())
+        element = first.get_element_type()
+        column = (-1,) if call.channel_axis == -1 else (-1, 1)
+        flag = self._decode_flag(call.source, call, name) if self._decode_only else None
+        vectors = {
+            kind: opset.constant(v if v.ndim == 2 else v.reshape(column), ov.Type.f32, name=name(f"vector.{kind}"))
+            for kind, v in prepared.vectors.items()
+            if kind not in ("shift", "score")
+        }
+
+        def cast(node: Any, kind: str) -> Any:
+            node = node if isinstance(node, ov.Node) else node.get_node()
+            same = node.output(0).get_element_type() == element
+            return node if same else opset.convert(node, element, name=name(kind))
+
+        def active(node: Any, kind: str) -> Any:
+            if flag is None:
+                return node
+            factor = opset.convert(flag, element, name=name(f"{kind}.g"))
+            return opset.multiply(node, factor, name=name(f"active_{kind}"))
+
+        output: Any = first
+        if "low_rank_in" in vectors and selected is not None and selected.dropped is not None:
+            # zero where tokens stay dense: nothing is dropped
+            dropped = cast(selected.dropped, "dropped")
+            a, b = cast(vectors["low_rank_in"], "a"), cast(vectors["low_rank_out"], "b")
+            if call.channel_axis == -1:
+                inner = opset.matmul(dropped, a, False, False, name=name("low_rank.in"))
+                residual = opset.matmul(inner, b, False, False, name=name("low_rank.out"))
+            else:
+                inner = opset.matmul(a, dropped, True, False, name=name("low_rank.in"))
+                residual = opset.matmul(b, inner, True, False, name=name("low_rank.out"))
+            output = opset.add(output, residual, name=name("with_residual"))
+        if prepared.sums is not None and selected is not None and selected.mu is not None:
+            sums = opset.constant(prepared.sums.reshape(column), element, name=name("column_sums"))
+            output = opset.add(output, opset.multiply(cast(selected.mu, "mu"), sums), name=name("with_token_shift"))
+        if "scale" in vectors:  # folds into constant weights when the model is compiled
+            gamma = active(cast(vectors["scale"], "gamma"), "scale")
+            one = opset.constant(np.array(1.0), element, name=name("one"))
+            output = opset.multiply(output, opset.add(gamma, one), name=name("scaled"))
+        parts = []
+        if prepared.correction is not None:
+            value = prepared.correction
+            if "scale" in prepared.vectors:
+                value = value * (1 + prepared.vectors["scale"])
+            parts.append(opset.constant(value.reshape(column), element, name=name("correction")))
+        if "bias" in vectors:
+            parts.append(cast(vectors["bias"], "plan_bias"))
+        if parts:
+            vector = active(parts[0] if len(parts) == 1 else opset.add(*parts, name=name("parts")), "correction")
+            bias = _bias_port(consumers, layer.out_features) if call.channel_axis == -1 else None
+            if bias is not None:  # constants fold when the model is compiled: nothing is added at run time
+                bias.replace_source_output(opset.add(bias.get_source_output(), vector, name=name("bias")).output(0))
+            else:
+                output = opset.add(output, vector, name=name("corrected"))
+        if output is first:
             return
-        added = opset.add(output, vector, name=name("corrected"))
         for consumer in consumers:
-            consumer.replace_source_output(added.output(0))
-        _move_names(output, added.output(0), consumers)
+            consumer.replace_source_output(output.output(0))
+        _move_names(first, output.output(0), consumers)
 
     def _decode_flag(self, source: Any, call: Call, name: Any) -> ov.Node:
         """
