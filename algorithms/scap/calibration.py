@@ -96,10 +96,12 @@ class CalibrationStatistics:
         """
         return cls.from_bytes(_read(Path(path)), str(path))
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, note: Mapping[str, str] | None = None) -> bytes:
         """
         As safetensors: of each site the occupied bucket numbers (uint16) and their counts (int64); the sites themselves
         are JSON in the metadata. Equal statistics give equal bytes.
+
+        :param note: is kept in the metadata, see :meth:`read_unfinished`.
         """
         tensors: dict[str, np.ndarray[Any, Any]] = {}
         for index, site in enumerate(self.sites):
@@ -124,7 +126,24 @@ class CalibrationStatistics:
             "sites": described,
             "priced_tokens": None if self.costs is None else self.costs.tokens,
         }
-        return save_tensors(tensors, metadata={"scap_nncf": json.dumps(header)})
+        metadata = {"scap_nncf": json.dumps(header)}
+        return save_tensors(tensors, metadata=metadata if note is None else {**metadata, "note": json.dumps(note)})
+
+    @classmethod
+    def read_unfinished(cls, file: Path) -> tuple[CalibrationStatistics, dict[str, str]]:
+        """
+        Statistics of an unfinished run and their note.
+
+        :raises nncf.ValidationError: the file is damaged, or has no note.
+        """
+        content = _read(file)
+        statistics = cls.from_bytes(content, str(file))
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        note = parse_json(metadata.get("note", "null"), str(file))
+        if not isinstance(note, dict) or not all(isinstance(value, str) for value in note.values()):
+            msg = f"{file} is no unfinished calibration of scap-nncf."
+            raise nncf.ValidationError(msg)
+        return statistics, note
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str) -> CalibrationStatistics:

@@ -59,8 +59,10 @@ class HistogramAggregator(AggregatorBase):
     def _register_reduced_input_impl(self, x: Tensor) -> None:
         if self._counts is None:
             self._counts = x.data
-        else:
-            self._counts += x.data
+            return
+        if isinstance(self._counts, torch.Tensor) and isinstance(x.data, torch.Tensor):
+            self._counts = self._counts.to(x.data.device)  # counts of an earlier run start on the CPU
+        self._counts += x.data
 
     def _aggregate_impl(self) -> Any:
         return self._counts.cpu().numpy() if isinstance(self._counts, torch.Tensor) else self._counts
@@ -111,3 +113,28 @@ def make_collector(num_samples: int | None = None) -> TensorCollector:
     collector.register_statistic_branch(HistogramStatistic.HISTOGRAM_STAT, reducer, HistogramAggregator(num_samples), 0)
     collector.register_statistic_branch(HistogramStatistic.EXACT_STAT, reducer, ExactAggregator(num_samples), 1)
     return collector
+
+
+def histogram_of(collector: TensorCollector) -> ActivationHistogram:
+    """What a collector of this module has gathered so far."""
+    statistic = collector.get_statistics()
+    assert isinstance(statistic, HistogramStatistic)
+    return statistic.to_histogram()
+
+
+def add_histogram(collector: TensorCollector, histogram: ActivationHistogram) -> None:
+    """Add what was gathered elsewhere, by another process or an earlier run, to a collector of this module."""
+    if not histogram.counts.any():
+        return
+    for aggregator in collector.aggregators.values():
+        if isinstance(aggregator, HistogramAggregator):
+            aggregator.register_reduced_input(Tensor(torch.from_numpy(histogram.counts.copy())))
+        elif isinstance(aggregator, ExactAggregator):
+            aggregator.register_reduced_input(Tensor(np.array(histogram.exact)))
+
+
+def set_histogram(collector: TensorCollector, histogram: ActivationHistogram) -> None:
+    """Replace what a collector of this module has gathered."""
+    for aggregator in collector.aggregators.values():
+        aggregator.reset()
+    add_histogram(collector, histogram)
