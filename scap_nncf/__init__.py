@@ -14,8 +14,10 @@ from scap_nncf._version import __version__
 from scap_nncf.algorithms.mitigation import Mitigation
 from scap_nncf.algorithms.nm import Nm
 from scap_nncf.algorithms.plan import Plan
+from scap_nncf.algorithms.processes import single_process
 from scap_nncf.algorithms.quantization import Quantization, WeightCompression
 from scap_nncf.algorithms.scap import CalibrationStatistics, Scap, get_controller, make_plan
+from scap_nncf.algorithms.scap.journal import resumable
 from scap_nncf.compress import calibrate, compress, inspect_model, register
 from scap_nncf.recipe import load_recipe
 
@@ -58,6 +60,8 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "measure_sparsity",
+    "resumable",
     "save_openvino",
     "save_pretrained",
+    "single_process",
 ]

@@ -25,6 +25,7 @@ import nncf
 import typer
 
 import scap_nncf
+from scap_nncf.algorithms import processes
 from scap_nncf.cli_export import CONTEXT_SETTINGS, apply_recipe, export
 
 if TYPE_CHECKING:
@@ -269,16 +270,14 @@ def compress(
             msg = f"{given} belongs into the recipe; leave out one of the two"
             raise typer.BadParameter(msg, param_hint="--recipe")
         steps = scap_nncf.load_recipe(recipe)
-        with _work(as_json) as out:
+        with _work(as_json) as out, _launched(output, overwrite):
             from scap_nncf.models import load_model
-            from scap_nncf.storage import check_target
 
-            if output is not None:
-                check_target(output, overwrite)
             texts = _calibration_texts(calibration, text_field)
             loaded, tokenizer = load_model(model, dtype.value, device, trust_remote_code)
             batches = _batches(tokenizer, texts, length, samples, seed)
-            out.result(*apply_recipe(loaded, tokenizer, steps, batches, output, overwrite))
+            target = output if processes.current().writes else None
+            out.result(*apply_recipe(loaded, tokenizer, steps, batches, target, overwrite))
         return
     if plan is not None:
         needless = {
@@ -293,7 +292,7 @@ def compress(
             given = ", ".join(name for name, present in needless.items() if present)
             msg = f"{given} has no effect on a plan that is already calibrated; leave out one of the two"
             raise typer.BadParameter(msg, param_hint="--plan")
-    with _work(as_json) as out, _output(output, overwrite) as folder:
+    with _work(as_json) as out, _launched(output, overwrite), _output(output, overwrite) as folder:
         from scap_nncf.models import load_model
 
         start = time.perf_counter()
@@ -440,6 +439,8 @@ class _Output:
         self.console: Console = Console(file=sys.stderr if as_json else stream, width=width)
 
     def result(self, data: Any, text: str | None) -> None:
+        if not processes.current().writes:
+            return
         if self._as_json:
             # NaN and Infinity are no JSON; a reader would choke on them
             self._stream.write(json.dumps(_finite(data), allow_nan=False) + "\n")
@@ -474,10 +475,36 @@ def _work(as_json: bool) -> Iterator[_Output]:
 
 
 @contextlib.contextmanager
+def _launched(output: Path | None, overwrite: bool) -> Iterator[None]:
+    """
+    The processes of `torchrun` or `accelerate launch` work together; the first one writes and prints. What they
+    calibrated when they are killed lies beside the output, and the same command goes on from there.
+    """
+    from scap_nncf.storage import check_target
+
+    started = processes.start_from_launcher()
+    try:
+        with processes.current().together():
+            if output is not None and processes.current().writes:
+                check_target(output, overwrite)
+        if output is None:
+            yield
+        else:
+            target = output.expanduser()
+            with scap_nncf.resumable(target.parent / f".{target.name}.unfinished"):
+                yield
+    finally:
+        if started:
+            import torch.distributed
+
+            torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
 def _output(folder: Path | None, overwrite: bool) -> Iterator[Path | None]:
     from scap_nncf.storage import new_folder
 
-    if folder is None:
+    if folder is None or not processes.current().writes:
         yield None
     else:
         with new_folder(folder, overwrite) as temporary:

@@ -18,10 +18,12 @@ from scap_nncf.algorithms.base import COMPRESSION_ALGORITHMS, CompressionBuilder
 from scap_nncf.algorithms.data import Samples
 from scap_nncf.algorithms.mitigation import as_mitigation, mitigate
 from scap_nncf.algorithms.plan import Plan, SitePlan
+from scap_nncf.algorithms.processes import current as current_processes
 from scap_nncf.algorithms.quantization.config import describe
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.config import Scap
 from scap_nncf.algorithms.scap.controller import ScapController, get_controller
+from scap_nncf.algorithms.scap.gather import gather, share_samples
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 from scap_nncf.algorithms.scap.pooling import shrink
 from scap_nncf.algorithms.scap.site_plan import plan_site, site_mode
@@ -79,16 +81,19 @@ class ScapBuilder(CompressionBuilder):
         backend = backend_of(model)
         points = backend.statistic_points(sites, make_collector)
         costs = None
+        processes = current_processes()
         if self.config.allocation == "fisher":
             samples = list(samples)
-            count = backend.collect(model, points, samples, len(samples))
+            share = share_samples(Samples(samples), model, sites, processes)
+            count = gather(backend, model, sites, points, share, len(samples), processes)
             dense = shrink(sites, backend.histograms_of(points))
             modes = {site.name: site_mode(site, dense[site.name], targets, self.config.mode)[0] for site in sites}
             costs = backend.collect_costs(model, sites, dense, modes, samples[: self.config.allocation_samples])
             if self.config.sequential:
                 points = backend.statistic_points(sites, make_collector)
         elif not self.config.sequential:
-            count = backend.collect(model, points, samples, samples.total)
+            share = share_samples(samples, model, sites, processes)
+            count = gather(backend, model, sites, points, share, samples.total, processes)
         targets = allocate(self.config.allocation, targets, sites, costs)
         if self.config.sequential:
 

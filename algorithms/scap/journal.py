@@ -7,8 +7,8 @@ Calibration that survives its process: statistics so far, written at bounded int
     with scap_nncf.resumable("unfinished"):
         model = nncf.compress(model, algorithm="scap", dataset=dataset)
 
-After a crash or ``kill -9`` the same lines go on where the last interval ended, and give the same plan bit for bit: counts
-are integers, and the samples that were counted are recognised by a digest of their content. A folder that belongs to
+After a crash or ``kill -9`` the same lines go on where the last interval ended, and give the same plan bit for bit:
+counts are integers, and the samples that were counted are recognised by a digest of their content. A folder of
 another model, other settings or other samples is not used. It is removed when the block ends well.
 """
 
@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,11 @@ class Journal:
             point.target_point.target_node_name: collector  # type: ignore[attr-defined]
             for _, point, collector in points.get_tensor_collectors()
         }
-        described = {**key, "sites": [str(site) for site in self._sites], "processes": [processes.rank, processes.count]}
+        described = {
+            **key,
+            "sites": [str(site) for site in self._sites],
+            "processes": [processes.rank, processes.count],
+        }
         self._key = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
         self._file = work.folder / f"unfinished-{self._key[:16]}.safetensors"
         self._every = work.every
@@ -198,10 +202,8 @@ def model_key(model: Any, sites: Sequence[Site]) -> dict[str, Any]:
         for node in ir_of(model).get_ops():
             if node.get_type_name() == "Constant":
                 text = f"{node.get_element_type()} {node.get_output_shape(0)} "
-                try:
+                with suppress(RuntimeError):  # packed types that numpy cannot show
                     text += str(np.asarray(node.data).reshape(-1)[:4].tobytes())
-                except RuntimeError:  # packed types that numpy cannot show
-                    pass
                 found[node.get_friendly_name()] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return found
     for site in sites:
@@ -218,4 +220,3 @@ def model_key(model: Any, sites: Sequence[Site]) -> dict[str, Any]:
                     add_to_digest(digest, flat[:: max(1, flat.numel() // 16)][:16])
             found[layer.name] = digest.hexdigest()[:16]
     return found
-
