@@ -455,6 +455,52 @@ class DeployedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+class DeployedGated(nn.Module):
+    """
+    Stands where a gated feed-forward stood whose channels are dropped behind the gate (CATS): the gate's layer runs
+    dense, up's rows and down's columns of closed gates are skipped.
+
+    Gate and up stay as they were, weights [N, K] row by row, which is what the kernel reads; down's projection holds
+    its weights the other way round and drops the zeros that closed gates leave.
+
+    :param gate, up: plain linear layers.
+    :param down: a deployed layer, alone in its projection, with threshold 0.
+    :param names: child names of gate, up and down in the feed-forward.
+    :param threshold: τ on the size of the activated gate.
+    """
+
+    def __init__(
+        self,
+        gate: nn.Module,
+        up: nn.Module,
+        down: DeployedLinear,
+        names: tuple[str, str, str],
+        threshold: float,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        for name, module in zip(names, (gate, up, down), strict=True):
+            self.add_module(name, module)
+        self.names = names
+        self.threshold = threshold
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """:param x: [..., K]; returns [..., outputs of down]."""
+        gate, up, down = (self._modules[name] for name in self.names)
+        projection = down._shared[0]  # type: ignore[union-attr]
+        # not by calling the layers: the hooks of the simulation wait on them
+        opened = F.linear(x, gate.weight, gate.bias)  # type: ignore[union-attr]
+        if not projection.active(x):
+            y = F.linear(x, up.weight, up.bias)  # type: ignore[union-attr]
+            return projection(reference.activate(opened, self.activation) * y)
+        run = reference.gated_up if projection.use_reference else ops.gated_up
+        return projection(run(opened, x, up.weight, self.threshold, self.activation, up.bias))  # type: ignore[union-attr]
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold:.4g}, activation={self.activation}"
+
+
 class DeployedGlu(nn.Module):
     """
     Stands where a gated feed-forward stood: ``down(activation(gate(x)) * up(x))`` in two launches.

@@ -24,6 +24,7 @@ from torch import nn
 
 from scap_nncf.algorithms.backends.torch.discover import inspect_model
 from scap_nncf.algorithms.backends.torch.experts import expert_layers
+from scap_nncf.algorithms.backends.torch.gated import GatedPruner
 from scap_nncf.algorithms.backends.torch.layers import fc_shape
 from scap_nncf.algorithms.backends.torch.prune import DEPLOYMENT, Pruner, expert_pruners, named_pruners
 from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan
@@ -31,6 +32,7 @@ from scap_nncf.algorithms.scap.controller import get_controller
 from scap_nncf.algorithms.sites import LeftOut, Site, expert_pool
 from scap_nncf.kernels import gated
 from scap_nncf.kernels.modules import (
+    DeployedGated,
     DeployedGlu,
     FloatProjection,
     PackedProjection,
@@ -330,6 +332,9 @@ class Deployment:
 def _replace_layers(deployment: Deployment, plan: Plan) -> None:
     model = deployment.model
     deployment.decode_only = plan.prune == "decode"
+    if plan.algorithm == "cats":
+        _replace_gated(deployment, plan)
+        return
     reasons = {
         layer.name: _simulated_only(layer) or _unsupported_layer(model, layer.name) for layer in plan.layers
     }
@@ -367,6 +372,50 @@ def _replace_layers(deployment: Deployment, plan: Plan) -> None:
         deployment.replace(name, module)
     if deployment.taken is not None:
         deployment.taken.bypass()
+
+
+def _replace_gated(deployment: Deployment, plan: Plan) -> None:
+    """Gated feed-forwards of a CATS plan."""
+    model = deployment.model
+    pruners = {
+        pruner.gate: pruner
+        for _, pruner in named_pruners(model)
+        if isinstance(pruner, GatedPruner)
+    }
+    for site in plan.sites:
+        planned = {layer.role: layer for layer in site.layers}
+        modules = {role: model.get_submodule(layer.name) for role, layer in planned.items()}
+        reasons = {role: _unsupported_layer(model, layer.name) for role, layer in planned.items()}
+        reasons |= {
+            role: "its weights are not stored row by row"
+            for role in ("gate", "up")
+            if reasons[role] is None and type(modules[role]).__name__ == "Conv1D"
+        }
+        reason = next((reason for reason in reasons.values() if reason is not None), None)
+        parent = site.name.rpartition(".")[0]
+        if not parent:
+            reason = "the model itself cannot be replaced"
+        if reason is not None:
+            deployment.left += [LeftOut(layer.name, _kind_of(model, layer.name), reason) for layer in site.layers]
+            continue
+        down = planned["down"]
+        part = Part(down.name, modules["down"], down.out_features, 0.0, down.sparsity)
+        use_reference = deployment.backend == "reference"
+        projection = FloatProjection([part], 0.0, decode_only=deployment.decode_only, use_reference=use_reference)
+        pruner = pruners[site.name]
+        projection.enabled = pruner.enabled
+        deployment.projections.append(projection)
+        _free_cached_memory(model)
+        names = tuple(planned[role].name.rpartition(".")[2] for role in ("gate", "up", "down"))
+        standin = DeployedGated(
+            modules["gate"],
+            modules["up"],
+            deployed_layers(projection)[0],
+            names,  # type: ignore[arg-type]
+            down.threshold,
+            pruner.activation,
+        )
+        deployment.replace(parent, standin)
 
 
 def _simulated_only(layer: LayerPlan) -> str | None:

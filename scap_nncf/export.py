@@ -71,15 +71,20 @@ def export_openvino(
     :return: the folder.
     :raises nncf.ValidationError: the folder is not empty or cannot be written, or the plan does not fit the IR.
     :raises nncf.UnsupportedModelError: Optimum cannot export the model, or the plan fits not what it exports.
+    :raises nncf.ParameterNotSupportedError: the plan is one of CATS.
     :raises MissingExtraError: optimum-intel is not installed.
     """
     require("optimum.intel", "optimum", _PURPOSE)
+    from scap_nncf.algorithms.backends.openvino.prune import check_plan
+
     if not isinstance(model, nn.Module):
         msg = f"export_openvino takes a PyTorch model, got {type(model).__name__}; save_openvino takes OpenVINO models."
         raise nncf.ValidationError(msg)
     given = tokenizer if isinstance(tokenizer, (list, tuple)) else [tokenizer]
     preprocessors = [copy.deepcopy(item) for item in given if item is not None]  # the export sets the padding side
     controller = get_controller(model)
+    if controller is not None:
+        check_plan(controller.plan)  # not after minutes of export
     with new_folder(folder, overwrite) as partial:
         with controller.disabled() if controller is not None else nullcontext(), _experts_traced(model):
             task = _export_dense(model, partial, preprocessors, task, compress_to_fp16)

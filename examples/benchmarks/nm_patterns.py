@@ -3,7 +3,7 @@
 N:M activation sparsity on real weights: patterns, criteria and error mitigation, beside pruned weights and CATS.
 
     python examples/benchmarks/nm_patterns.py patterns --text wikitext2_test.txt --calibration c4.jsonl --output nm.json
-    python examples/benchmarks/nm_patterns.py {criteria,mitigation,weights,cats} ...
+    python examples/benchmarks/nm_patterns.py criteria mitigation weights training cats ...
 
 Perplexity over windows of 512 tokens, the loss of each kept; every FC layer of every block is pruned, every token.
 Results are added to the JSON file measurement by measurement; with --seconds the script stops early (exit code 3) and
@@ -25,7 +25,7 @@ from record import OutOfTime, Record
 from torch import nn
 
 import scap_nncf
-from scap_nncf import Mitigation, Nm
+from scap_nncf import Cats, Mitigation, Nm, Scap
 from scap_nncf.algorithms.backends.torch.layers import named_fc_layers
 from scap_nncf.kernels.reference import keep_nm
 from scap_nncf.models import load_model
@@ -43,12 +43,19 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.record = Record(args.output, args.part, args.seconds)
         self.model, self.tokenizer = load_model(args.model, dtype=torch.float32)
         texts = read_texts(args.text) if args.text else list(builtin_text("held_out"))
         self.ids = token_ids(self.tokenizer, texts)[: args.tokens]
         texts = read_texts(args.calibration) if args.calibration else list(builtin_text("calibration"))
         self.samples = token_batches(self.tokenizer, texts, length=args.length, count=args.samples, seed=0)
+        self.deadline = None if args.seconds is None else time.monotonic() + args.seconds
+        self.record = Record(None, "")
+
+    def begin(self, part: str) -> None:
+        """Record what follows under a part's name."""
+        args = self.args
+        left = None if self.deadline is None else self.deadline - time.monotonic()
+        self.record = Record(args.output, part, left)
         self.record.set(
             "settings",
             {
@@ -180,7 +187,20 @@ def training(bench: Bench) -> None:
         bench.record.once(key, lambda what=what: measure(what))
 
 
+def cats(bench: Bench) -> None:
+    """CATS and SCAP at equal sparsity of the feed-forward; attention stays dense."""
+    for share in (1 / 3, 0.485):
+        bench.record.once(f"cats, {share:.1%} of the FFN", lambda share=share: bench.compressed(Cats(1.5 * share)))
+        for name, spec in (
+            ("uniform", {"ffn": share}),
+            ("down first", {"up": 0.75 * share, "gate": 0.75 * share, "down": 1.5 * share}),
+        ):
+            key = f"scap, {name}, {share:.1%} of the FFN"
+            bench.record.once(key, lambda spec=spec: bench.compressed(Scap(spec)))
+
+
 PARTS = {
+    "cats": cats,
     "patterns": patterns,
     "criteria": criteria,
     "mitigation": mitigation,
@@ -191,7 +211,7 @@ PARTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=sorted(PARTS))
+    parser.add_argument("parts", nargs="+", choices=sorted(PARTS))
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calibration", help="calibration texts, .txt or .jsonl (.gz)")
     parser.add_argument("--text", help="evaluation text")
@@ -203,7 +223,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     try:
-        PARTS[args.part](Bench(args))
+        bench = Bench(args)
+        for part in args.parts:
+            bench.begin(part)
+            PARTS[part](bench)
     except OutOfTime:
         print("out of time: call again to go on", file=sys.stderr)
         return 3

@@ -49,6 +49,7 @@ def insert(model: Any, plan: Plan) -> None:
     Insert the pruning of a fitting plan (see :meth:`Plan.bind`) into a model that has none, and note the plan in its
     ``rt_info``. The model is as it was if anything fails.
     """
+    check_plan(plan)
     graph = ir_of(model)
     try:
         attach(graph, plan)
@@ -58,6 +59,15 @@ def insert(model: Any, plan: Plan) -> None:
     _write_plan(graph, plan)
     note_vectors(graph, plan)
     _changed(model, graph)
+
+
+def check_plan(plan: Plan) -> None:
+    """
+    :raises nncf.ParameterNotSupportedError: the plan is of an algorithm that does not prune the input of layers.
+    """
+    if plan.algorithm == "cats":
+        msg = "Plans of CATS are for PyTorch models only; algorithm='scap' takes OpenVINO models as well."
+        raise nncf.ParameterNotSupportedError(msg)
 
 
 def remove(model: Any) -> None:

@@ -133,6 +133,10 @@ class Pruner:
             output = output + (dropped.to(dtype) @ a.to(dtype)) @ b.to(dtype)
         return output
 
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Zeros and values by layer name."""
+        return {self.layer.name: (int(self.zeros), self.total)}
+
     def reset(self) -> None:
         """Forget the counts."""
         self.zeros, self.total = 0, 0
@@ -167,6 +171,12 @@ def insert(model: nn.Module, plan: Plan) -> None:
     Nothing is attached if anything fails.
     """
     _refuse_deployed(model)
+    if plan.algorithm == "cats":
+        from scap_nncf.algorithms.backends.torch.gated import insert_gated
+
+        insert_gated(model, plan)
+        forget_compiled_code()
+        return
     fused = experts.expert_layers(model)
     by_module: dict[str, list[tuple[experts.ExpertLayer, SitePlan, LayerPlan]]] = {}
     for site in plan.sites:
@@ -316,7 +326,7 @@ def token_policy(
 def counts(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Zeros and values counted at the input of each pruned layer since the last reset; padding counts as well."""
     deployed = model.__dict__[DEPLOYMENT].counts() if DEPLOYMENT in model.__dict__ else {}
-    simulated = {pruner.layer.name: (int(pruner.zeros), pruner.total) for _, pruner in named_pruners(model)}
+    simulated = {name: count for _, pruner in named_pruners(model) for name, count in pruner.counts().items()}
     for experts_pruner in expert_pruners(model):
         simulated |= experts_pruner.counts()
     return deployed | simulated
