@@ -26,6 +26,7 @@ register()
 
 # Functions whose modules need an optional dependency, or are rarely needed: imported at first use.
 _LAZY = {
+    "evaluate": "scap_nncf.evaluation",
     "export_openvino": "scap_nncf.export",
     "load_openvino": "scap_nncf.openvino_io",
     "load_pretrained": "scap_nncf.checkpoint",
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "compress",
+    "evaluate",
     "export_openvino",
     "get_controller",
     "inspect_model",

@@ -26,6 +26,7 @@ import typer
 
 import scap_nncf
 from scap_nncf.algorithms import processes
+from scap_nncf.cli_evaluate import evaluate
 from scap_nncf.cli_export import CONTEXT_SETTINGS, apply_recipe, export
 
 if TYPE_CHECKING:
@@ -421,6 +422,7 @@ def demo(
 
 
 app.command(name="export", context_settings=CONTEXT_SETTINGS, add_help_option=False)(export)
+app.command(name="evaluate")(evaluate)
 
 
 # -- what commands share -----------------------------------------------------------------------------------------------

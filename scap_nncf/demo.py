@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from scap_nncf.generation import Generation, generate_text
 from scap_nncf.models import load_model
 from scap_nncf.perplexity import PerplexityResult, perplexity
 from scap_nncf.plots import plot_activations
+from scap_nncf.progress import progress_bar
 from scap_nncf.storage import new_folder
 from scap_nncf.text import builtin_text, token_batches, token_ids
 
@@ -201,17 +200,6 @@ def _range(values: tuple[float, float]) -> str:
 def _measure(model: Any, ids: Any, settings: DemoSettings) -> PerplexityResult:
     with progress_bar("Perplexity") as advance:
         return perplexity(model, ids, settings.context, settings.evaluation_tokens, progress=advance)
-
-
-@contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that goes when it is done; yields a function of (done, total)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"  {description}", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 class _Steps:

