@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[int | None, Any]] = {
     "dense": (None, None),
     "all-50": (None, 0.5),
     "ffn-48.5": (None, {"up": 0.40, "gate": 0.40, "down": 0.60}),
+    "cats-33.3": (None, "cats"),  # half of the channels behind the gate: a third of the feed-forward
     "int4 dense": (4, None),
     "int4 all-50": (4, 0.5),
 }
@@ -86,7 +87,9 @@ def serve(shape: str, variant: str) -> None:
 
 def build(shape: str, bits: int | None, sparsity: Any, dtype: Any, where: Any) -> tuple[Any, dict[str, Any]]:
     """The model of one variant, and its memory in bytes."""
-    from scap_nncf import bench_decode, bench_lowbit
+    import nncf
+
+    from scap_nncf import bench_decode, bench_lowbit, get_controller
     from scap_nncf.compress import compress
     from scap_nncf.deploy import deploy
 
@@ -96,11 +99,17 @@ def build(shape: str, bits: int | None, sparsity: Any, dtype: Any, where: Any) -
         if bits is not None:
             model = bench_lowbit.make_dense(model, bits)
     else:
-        plan = bench_decode.sparse_plans(model, {"it": sparsity})["it"]
+        if sparsity == "cats":
+            batches = bench_decode.random_batches(model, 8, 256)
+            model = compress(model, algorithm="cats", sparsity=0.5, dataset=nncf.Dataset(batches))
+            plan = get_controller(model).plan
+            plan = replace(plan, sites=tuple(replace(site, layers=site.layers[:2]) for site in plan.sites))  # not gate
+        else:
+            plan = bench_decode.sparse_plans(model, {"it": sparsity})["it"]
+            if bits is not None:
+                model = bench_lowbit.compress(model, bits)
+            model = compress(model, plan=plan)
         share = bench_decode._pruned_share(model, plan)
-        if bits is not None:
-            model = bench_lowbit.compress(model, bits)
-        model = compress(model, plan=plan)
         bench_decode._free(where)
         bench_decode._reset_peak(where)
         deploy(model)
@@ -179,21 +188,17 @@ def main() -> None:
 
     workers = {name: Worker(given.shape, name) for name in given.variants.split(",")}
     results = Results(given, workers)
-    # full-precision models at once; a 4-bit one is made from a half-precision one, and two of these need not fit
     full = [worker for worker in workers.values() if worker.bits is None]
     packed = [worker for worker in workers.values() if worker.bits is not None]
-    for worker in full:
-        worker.ask(do="build")
-    for worker in full:
-        worker.memory = worker.answer()
-        say(f"{worker.variant}: built {worker.memory}")
     request = {"do": "prepare", "batch": 1, "prompt": given.prompt, "tokens": given.tokens, "mode": "compiled"}
-    for worker in full:
-        worker.ask(name="compiled 1", **request)
-    for worker in packed:
-        worker.memory = worker.do(do="build")
-        say(f"{worker.variant}: built {worker.memory}")
-        worker.ask(name="compiled 1", **request)
+    # a packed model is made from a half-precision one: packed ones first, while there is memory for that
+    for group in ([*packed, *full[:1]], full[1:]):
+        for worker in group:
+            worker.ask(do="build")
+        for worker in group:
+            worker.memory = worker.answer()
+            say(f"{worker.variant}: built {worker.memory}")
+            worker.ask(name="compiled 1", **request)
     cases: list[tuple[Worker, str, int, str]] = []
     for worker in [*full, *packed]:
         note = worker.answer()

@@ -122,17 +122,22 @@ def sparse_plans(
     """One plan for each sparsity, from one calibration on random tokens."""
     import scap_nncf
 
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(1)
-    vocabulary = model.config.vocab_size  # type: ignore[union-attr]
-    batches = [
-        {"input_ids": torch.randint(vocabulary, (1, length), generator=generator).to(device)} for _ in range(samples)
-    ]
-    calibration = scap_nncf.calibrate(model, dataset=nncf.Dataset(batches), mode="zero")
+    batches = random_batches(model, samples, length)
+    settings: dict[str, Any] = {"mode": "zero", "allocation": "uniform", "prune": prune}
+    calibration = scap_nncf.calibrate(model, dataset=nncf.Dataset(batches), **settings)
     return {
-        name: scap_nncf.make_plan(calibration, scap_nncf.Scap(sparsity=value, mode="zero", prune=prune))
+        name: scap_nncf.make_plan(calibration, scap_nncf.Scap(sparsity=value, **settings))
         for name, value in sparsities.items()
     }
+
+
+def random_batches(model: nn.Module, samples: int, length: int) -> list[dict[str, torch.Tensor]]:
+    """Random tokens to calibrate on, the same ones in every run."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary, device = model.config.vocab_size, next(model.parameters()).device  # type: ignore[union-attr]
+    return [
+        {"input_ids": torch.randint(vocabulary, (1, length), generator=generator).to(device)} for _ in range(samples)
+    ]
 
 
 # -- one way to decode -------------------------------------------------------------------------------------------------
