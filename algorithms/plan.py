@@ -41,6 +41,7 @@ REFERENCE_FILE = "calibrated_thresholds.json"
 MAX_PLAN_BYTES = 64 << 20  # of text; as Python objects it is some 20 times that at worst
 _MAX_VECTOR_BYTES = 64 << 30
 _MAX_WHOLE = 1 << 31
+_PREVIOUS = ".previous"  # a file of the plan that is being replaced
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 PRUNE_POLICIES = ("all", "decode")
@@ -266,16 +267,31 @@ class Plan:
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str], beside: Mapping[str, bytes] | None = None) -> Path:
         """
-        Write ``plan.json`` into a folder, atomically, and ``vectors.safetensors`` before it where there are vectors.
+        Write ``plan.json`` into a folder, and ``vectors.safetensors`` before it where there are vectors. A process that
+        is killed in the middle leaves the old plan with its old files, or the new plan with its new ones.
 
+        :param beside: name → content of further files that the plan names with their checksums.
         :return: the path of the file.
         :raises nncf.ValidationError: the folder cannot be written.
         """
+        target = Path(folder)
+        named = _named_checksums(target / PLAN_FILE)
+        kept = []
+        written = dict(beside or {})
         if self.vectors:
-            write_atomically(Path(folder) / VECTORS_FILE, self.vector_bytes())
-        return write_atomically(Path(folder) / PLAN_FILE, self.to_json().encode())
+            written[VECTORS_FILE] = self.vector_bytes()
+        for name, content in written.items():
+            file, previous = target / name, target / f"{name}{_PREVIOUS}"
+            if name in named and file.is_file() and sha256(content) != named[name] == sha256(file.read_bytes()):
+                write_atomically(previous, file.read_bytes())  # the present plan needs it until it is replaced
+            kept.append(previous)
+            write_atomically(file, content)
+        file = write_atomically(target / PLAN_FILE, self.to_json().encode())
+        for previous in kept:
+            previous.unlink(missing_ok=True)
+        return file
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -452,6 +468,37 @@ def write_atomically(path: Path, content: bytes) -> Path:
     return path
 
 
+def _named_checksums(file: Path) -> dict[str, str]:
+    """Name → SHA-256 of the files that a plan names; empty where there is no plan, or no whole one."""
+    try:
+        data = parse_json(read_text(file, MAX_PLAN_BYTES, "a plan"), str(file))
+        entries = [data[key] for key in ("statistics", "vectors") if isinstance(data.get(key), dict)]
+        return {str(entry["file"]): str(entry["sha256"]) for entry in entries}
+    except (nncf.ValidationError, KeyError, AttributeError):
+        return {}
+
+
+def read_companion(file: Path, checksum: object, limit: int) -> bytes | None:
+    """
+    The content of a file that a plan names, where it has the checksum; None where it is damaged or of another plan.
+
+    :raises nncf.ValidationError: it is missing, or has more than `limit` bytes.
+    """
+    if not file.is_file():
+        msg = f"{file}, which the plan needs, is missing; copy the whole folder, or calibrate again."
+        raise nncf.ValidationError(msg)
+    for candidate in (file, file.with_name(f"{file.name}{_PREVIOUS}")):  # see Plan.save_with
+        if not candidate.is_file():
+            continue
+        if candidate.stat().st_size > limit:
+            msg = f"{candidate} has {candidate.stat().st_size} bytes, more than it may have ({limit})."
+            raise nncf.ValidationError(msg)
+        content = candidate.read_bytes()
+        if sha256(content) == checksum:
+            return content
+    return None
+
+
 def sha256(content: bytes) -> str:
     """Hexadecimal SHA-256 of the content."""
     return hashlib.sha256(content).hexdigest()
@@ -501,14 +548,8 @@ def _read_vectors(file: Path, data: Mapping[str, Any]) -> dict[tuple[str, str], 
     """
     described = data.get("vectors") or {}
     path = file.parent / VECTORS_FILE
-    if not path.is_file():
-        msg = f"{file} needs {VECTORS_FILE} beside it, which is missing; copy the whole folder."
-        raise nncf.ValidationError(msg)
-    if path.stat().st_size > _MAX_VECTOR_BYTES:
-        msg = f"{path} has {path.stat().st_size} bytes, more than the vectors of a plan may have ({_MAX_VECTOR_BYTES})."
-        raise nncf.ValidationError(msg)
-    content = path.read_bytes()
-    if sha256(content) != described.get("sha256"):
+    content = read_companion(path, described.get("sha256"), _MAX_VECTOR_BYTES)
+    if content is None:
         msg = f"{path} is damaged or belongs to another plan than {file}: its SHA-256 differs from the one noted there."
         raise nncf.ValidationError(msg)
     try:

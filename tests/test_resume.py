@@ -17,6 +17,7 @@ from tiny_models import build_tiny_model, make_batches
 
 import scap_nncf
 from scap_nncf.algorithms.scap import journal
+from scap_nncf.storage import new_folder
 
 
 @pytest.fixture
@@ -161,3 +162,81 @@ def test_folders_that_are_not_ours(tmp_path: Path) -> None:
     with pytest.raises(nncf.ValidationError, match="seconds"), scap_nncf.resumable(tmp_path / "x", every=-1):
         pass
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "plan.json").write_text("{}")
+        with pytest.raises(nncf.ValidationError, match="another process is writing"), new_folder(tmp_path / "out"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_run(tmp_path: Path) -> None:
+    import multiprocessing
+
+    def dying() -> None:
+        with new_folder(tmp_path / "out", overwrite=True) as folder:
+            (folder / "plan.json").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=dying)
+    process.start()
+    process.join()
+    assert not (tmp_path / "out").exists()
+    assert any(tmp_path.iterdir())
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "plan.json").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("basic_ios::clear: iostream error")]
+)
+def test_a_full_disk_leaves_the_old_folder(error: Exception, tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "plan.json").write_text("old")
+    again = new_folder(tmp_path / "out", overwrite=True)
+    with pytest.raises(nncf.ValidationError, match="cannot be written"), again as folder:  # noqa: PT012
+        (folder / "plan.json").write_text("ne")
+        raise error
+    assert (tmp_path / "out" / "plan.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_saved_plan_is_whole_at_every_point(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process dies before the n-th file of a second save is written."""
+    from scap_nncf.algorithms import plan as plan_module
+    from scap_nncf.algorithms.scap.calibration import statistics_of_plan
+
+    first = scap_nncf.compress(build_tiny_model(), dataset=make_batches(2), sparsity=0.3, allocation="uniform")
+    second = scap_nncf.compress(build_tiny_model(seed=1), dataset=make_batches(3), sparsity=0.6, allocation="uniform")
+    old, new = (scap_nncf.get_controller(model) for model in (first, second))
+    old.save(tmp_path)
+    write, calls = plan_module.write_atomically, []
+
+    def dying(path: Path, content: bytes) -> Path:
+        calls.append(path)
+        if len(calls) > stage:
+            raise KeyboardInterrupt
+        return write(path, content)
+
+    monkeypatch.setattr(plan_module, "write_atomically", dying)
+    expected = new
+    if stage < 3:  # the file that is kept, the statistics, the plan
+        expected = old
+        with pytest.raises(KeyboardInterrupt):
+            new.save(tmp_path)
+    else:
+        new.save(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    plan = scap_nncf.Plan.load(tmp_path)
+    assert plan.sites == expected.plan.sites
+    assert statistics_of_plan(tmp_path, plan).to_bytes() == expected.calibration.to_bytes()
+    monkeypatch.undo()
+    new.save(tmp_path)
+    assert statistics_of_plan(tmp_path, scap_nncf.Plan.load(tmp_path)).to_bytes() == new.calibration.to_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)

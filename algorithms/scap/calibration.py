@@ -23,7 +23,7 @@ from safetensors.numpy import save as save_tensors
 
 from scap_nncf.algorithms.allocation.fisher import Costs
 from scap_nncf.algorithms.documents import parse_json
-from scap_nncf.algorithms.plan import STATISTICS_FILE, Plan, sha256, write_atomically
+from scap_nncf.algorithms.plan import STATISTICS_FILE, Plan, read_companion, write_atomically
 from scap_nncf.algorithms.scap.histogram import NUM_BUCKETS, ActivationHistogram
 from scap_nncf.algorithms.scap.pooling import shrink
 from scap_nncf.algorithms.sites import Layer, Site
@@ -234,11 +234,8 @@ def statistics_of_plan(folder: str | os.PathLike[str], plan: Plan) -> Calibratio
     if not plan.statistics:
         return None
     path = Path(folder) / STATISTICS_FILE  # the file's name is ours whatever the plan says
-    if not path.is_file():
-        msg = f"The plan refers to statistics, but {path} is missing. Copy the whole folder, or calibrate again."
-        raise nncf.ValidationError(msg)
-    content = _read(path)
-    if sha256(content) != plan.statistics.get("sha256"):
+    content = read_companion(path, plan.statistics.get("sha256"), _MAX_BYTES)
+    if content is None:
         msg = f"{path} is damaged or belongs to another plan: its checksum differs from the plan's."
         raise nncf.ValidationError(msg)
     return CalibrationStatistics.from_bytes(content, str(path))

@@ -15,7 +15,7 @@ import nncf
 from scap_nncf.algorithms.allocation import allocate
 from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import CompressionController
-from scap_nncf.algorithms.plan import Plan, sha256
+from scap_nncf.algorithms.plan import STATISTICS_FILE, Plan, sha256
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.config import check_mode_method
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
@@ -166,10 +166,12 @@ class ScapController(CompressionController):
         """
         target = Path(folder)
         plan = replace(self.plan, statistics=None)
+        beside: dict[str, bytes] = {}
         if self.calibration is not None:
-            file = self.calibration.save(target)
-            plan = replace(plan, statistics={"file": file.name, "sha256": sha256(file.read_bytes())})
-        plan.save(target)
+            content = self.calibration.to_bytes()
+            plan = replace(plan, statistics={"file": STATISTICS_FILE, "sha256": sha256(content)})
+            beside[STATISTICS_FILE] = content
+        plan.save(target, beside)
         return target
 
     def strip(self) -> Any:
