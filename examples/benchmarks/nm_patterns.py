@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,15 @@ from record import OutOfTime, Record
 from torch import nn
 
 import scap_nncf
-from scap_nncf import Cats, Mitigation, Nm, Scap
+from scap_nncf import Cats, Nm, Scap
 from scap_nncf.algorithms.backends.torch.layers import named_fc_layers
 from scap_nncf.kernels.reference import keep_nm
 from scap_nncf.models import load_model
 from scap_nncf.perplexity import perplexity
 from scap_nncf.text import builtin_text, read_texts, token_batches, token_ids
 
-PATTERNS: dict[str, Any] = {"top-k 50 %": 0.5, "2:4": "2:4", "4:8": "4:8", "8:16": "8:16", "16:32": "16:32"}
-PATTERNS |= {"top-k 70 %": 0.7}
+PATTERNS: dict[str, Any] = {"8:16": "8:16", "2:4": "2:4", "top-k 50 %": 0.5, "16:32": "16:32"}
+PATTERNS |= {"top-k 70 %": 0.7, "4:8": "4:8"}
 MITIGATIONS = ("none", "s-pts", "d-pts", "var", "l-pts", "ls", "var+l-pts", "r-sparse")
 CRITERIA = ("act", "clact", "amber", "wina")
 
@@ -95,41 +97,55 @@ class Bench:
             controller.strip()
         return row
 
+    @cache  # noqa: B019 - one bench a process
+    def input_norms(self) -> dict[str, torch.Tensor]:
+        """Root mean square of each input channel of each layer over the calibration data, up to a common factor."""
+        found: dict[str, torch.Tensor] = {}
+        handles = []
+        for name, module, (width, _) in named_fc_layers(self.model):
+            found[name] = torch.zeros(width)
+
+            def hook(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                found[name] += args[0].flatten(0, -2).square().sum(0)
+
+            handles.append(module.register_forward_pre_hook(hook))
+        with torch.no_grad():
+            for sample in self.samples:
+                self.model(**sample)
+        for handle in handles:
+            handle.remove()
+        return {name: value.sqrt() for name, value in found.items()}
+
     def nm(self, key: str, name: str, criterion: str = "act", mitigation: Any = None) -> None:
         config = Nm(PATTERNS[name], criterion, mitigation)
         self.record.once(key, lambda: self.compressed(config))
 
 
-def patterns(bench: Bench) -> None:
-    """Each pattern by magnitude, without mitigation."""
+def patterns(bench: Bench, name: str) -> None:
+    """By magnitude, without mitigation."""
     bench.dense()
-    for name in PATTERNS:
-        bench.nm(name, name)
+    bench.nm(name, name)
 
 
-def criteria(bench: Bench) -> None:
-    """Each criterion under each pattern."""
+def criteria(bench: Bench, name: str) -> None:
+    """Each criterion, without mitigation."""
     for criterion in CRITERIA[1:]:
-        for name in PATTERNS:
-            bench.nm(f"{name}, {criterion}", name, criterion)
+        bench.nm(f"{name}, {criterion}", name, criterion)
 
 
-def mitigation(bench: Bench) -> None:
-    """Each mitigation under each pattern, by magnitude."""
-    for name in ("8:16", "2:4", "16:32", "top-k 50 %", "top-k 70 %", "4:8"):
-        for what in MITIGATIONS[1:]:
-            bench.nm(f"{name}, {what}", name, mitigation=what)
+def mitigation(bench: Bench, name: str) -> None:
+    """Each mitigation, by magnitude."""
+    for what in MITIGATIONS[1:]:
+        bench.nm(f"{name}, {what}", name, mitigation=what)
 
 
-def weights(bench: Bench) -> None:
+def weights(bench: Bench, name: str) -> None:
     """Pruned weights in place of pruned activations: by magnitude, and by magnitude times the input's norm (Wanda)."""
-    moments = _input_norms(bench)
-    for name in ("2:4", "8:16", "top-k 50 %", "top-k 70 %"):
-        for score in ("magnitude", "wanda"):
-            bench.record.once(f"{name}, {score}", lambda name=name, score=score: _pruned(bench, name, score, moments))
+    for score in ("magnitude", "wanda"):
+        bench.record.once(f"{name}, {score}", lambda score=score: _pruned(bench, name, score, bench.input_norms))
 
 
-def _pruned(bench: Bench, name: str, score: str, moments: Callable[[], dict[str, torch.Tensor]]) -> dict[str, Any]:
+def _pruned(bench: Bench, name: str, score: str, norms: Callable[[], dict[str, torch.Tensor]]) -> dict[str, Any]:
     model = copy.deepcopy(bench.model)
     pattern = PATTERNS[name]
     dropped = total = 0
@@ -140,54 +156,26 @@ def _pruned(bench: Bench, name: str, score: str, moments: Callable[[], dict[str,
             n, m = map(int, pattern.split(":")) if isinstance(pattern, str) else (width - round(pattern * width), width)
             size = module.weight.abs()  # [OC, IC]; a group is of neighbouring inputs of one output, as Wanda's
             if score == "wanda":
-                size = size * moments()[layer]
+                size = size * norms()[layer]
             kept = keep_nm(size, n, m)
             module.weight.mul_(kept)
             dropped, total = dropped + int((~kept).sum()), total + kept.numel()
     return bench.measure(model) | {"weight_sparsity": round(dropped / total, 4)}
 
 
-def _input_norms(bench: Bench) -> Callable[[], dict[str, torch.Tensor]]:
-    """Root mean square of each input channel of each layer over the calibration data, measured when first needed."""
-    found: dict[str, torch.Tensor] = {}
+def training(bench: Bench, _name: str) -> None:
+    """Time and memory of what is learned at once."""
 
-    def measure() -> dict[str, torch.Tensor]:
-        if not found:
-            handles = []
-            for name, module, (width, _) in named_fc_layers(bench.model):
-                found[name] = torch.zeros(width)
+    def measure() -> dict[str, Any]:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        row = bench.compressed(Nm("8:16", mitigation="l-pts+var+ls"))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return row | {"peak_memory_MiB": peak // 1024, "peak_memory_before_MiB": before // 1024}
 
-                def hook(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                    found[name] += args[0].flatten(0, -2).square().sum(0)
-
-                handles.append(module.register_forward_pre_hook(hook))
-            with torch.no_grad():
-                for sample in bench.samples:
-                    bench.model(**sample)
-            for handle in handles:
-                handle.remove()
-            for value in found.values():
-                value.sqrt_()
-        return found
-
-    return measure
+    bench.record.once("8:16, l-pts+var+ls", measure)
 
 
-def training(bench: Bench) -> None:
-    """Time and memory of what is learned, and how it depends on the data."""
-    import resource
-
-    def measure(what: Mitigation) -> dict[str, Any]:
-        row = bench.compressed(Nm("8:16", mitigation=what))
-        return row | {"peak_memory_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
-
-    for rate in (1e-3, 3e-3, 1e-2):
-        key = f"shift, variance and scaling, learning rate {rate}"
-        what = Mitigation(shift="learned", variance=True, scaling=True, learning_rate=rate)
-        bench.record.once(key, lambda what=what: measure(what))
-
-
-def cats(bench: Bench) -> None:
+def cats(bench: Bench, _name: str) -> None:
     """CATS and SCAP at equal sparsity of the feed-forward; attention stays dense."""
     for share in (1 / 3, 0.485):
         bench.record.once(f"cats, {share:.1%} of the FFN", lambda share=share: bench.compressed(Cats(1.5 * share)))
@@ -212,6 +200,7 @@ PARTS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=sorted(PARTS))
+    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=list(PATTERNS), metavar="NAME")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calibration", help="calibration texts, .txt or .jsonl (.gz)")
     parser.add_argument("--text", help="evaluation text")
@@ -224,9 +213,10 @@ def main() -> int:
     args = parser.parse_args()
     try:
         bench = Bench(args)
-        for part in args.parts:
-            bench.begin(part)
-            PARTS[part](bench)
+        for name in args.patterns:
+            for part in args.parts:
+                bench.begin(part)
+                PARTS[part](bench, name)
     except OutOfTime:
         print("out of time: call again to go on", file=sys.stderr)
         return 3
