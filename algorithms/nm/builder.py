@@ -62,23 +62,30 @@ class NmBuilder(CompressionBuilder):
         wanted = list(parse_patterns(self.config.pattern))
         return backend_of(model).inspect_model(model, sample, self.config.roles, self.config.ignored_scope, wanted)
 
-    def plan(self, model: Any, dataset: Any, tokenizer: Any = None) -> Plan:
-        """What would be inserted; the model is not changed."""
+    def plan(
+        self, model: Any, dataset: Any, tokenizer: Any = None, points: StatisticPointsContainer | None = None
+    ) -> Plan:
+        """
+        What would be inserted; the model is not changed.
+
+        :param points: of :meth:`get_statistic_points`, with what was collected; None collects on the dataset.
+        """
         config, backend = self.config, backend_of(model)
         mitigation = as_mitigation(config.mitigation)
         samples: list[Any] = []
-        if dataset is not None or config.needs_data:
+        needs_data = config.needs_data and not (points is not None and mitigation is None)
+        if dataset is not None or needs_data:
             given = Samples(dataset, tokenizer, config.subset_size)
             first = given.first()
-            samples = list(given) if config.needs_data else [first]
+            samples = list(given) if needs_data else [first]
         report = self.find_sites(model, samples[0] if samples else None)
         chosen = _patterns(config.pattern, report.sites)
         sites = [site for site in report.sites if any(layer.name in chosen for layer in site.layers)]
         modes = {site.name: (0.0, "zero") for site in sites}
         if mitigation is not None and mitigation.shift == "static":
-            points = backend.statistic_points(sites, make_histogram_collector)
-            backend.collect(model, points, samples, len(samples))
-            histograms = backend.histograms_of(points)
+            values = backend.statistic_points(sites, make_histogram_collector)
+            backend.collect(model, values, samples, len(samples))
+            histograms = backend.histograms_of(values)
             modes = {name: choose_mode(h, mitigation.statistic, 0.5) for name, h in histograms.items()}
         plan = Plan(
             tuple(_site_plan(site, chosen, *modes[site.name]) for site in sites),
@@ -86,7 +93,10 @@ class NmBuilder(CompressionBuilder):
             config.prune,
             made_by(config, len(samples)),
         )
-        plan = plan.with_vectors(_scores(backend, model, config.criterion, sites, plan, samples))
+        if config.criterion == "clact" and points is None:
+            points = backend.statistic_points(sites, make_collector)
+            backend.collect(model, points, samples, len(samples))
+        plan = plan.with_vectors(_scores(backend, model, config.criterion, plan, points))
         return plan if mitigation is None else mitigate(model, plan, mitigation, samples)
 
     def get_statistic_points(self, model: Any, graph: NNCFGraph | None = None) -> StatisticPointsContainer:
@@ -102,8 +112,9 @@ class NmBuilder(CompressionBuilder):
         statistic_points: StatisticPointsContainer | None = None,
         dataset: nncf.Dataset | None = None,
     ) -> Any:
-        """As :meth:`build`; statistics are gathered from the dataset."""
-        return self.build(model, dataset)
+        """As :meth:`build`, with collected statistics where there are any."""
+        refuse_sparse(model)
+        return insert_plan(model, self.plan(model, dataset, None, statistic_points))
 
 
 def _patterns(spec: Any, sites: Sequence[Site]) -> dict[str, tuple[Pattern, tuple[int, int]]]:
@@ -146,11 +157,11 @@ def _site_plan(site: Site, chosen: Mapping[str, tuple[Pattern, tuple[int, int]]]
                     layer.name, layer.role, layer.in_features, layer.out_features, _KEEP_ALL, 1 - n / m, pattern=(n, m)
                 )
             )
-    return SitePlan(layers[0].name, site.block, mode, method, tuple(layers))
+    return SitePlan(site.name, site.block, mode, method, tuple(layers))
 
 
 def _scores(
-    backend: Backend, model: Any, criterion: str, sites: Sequence[Site], plan: Plan, samples: Sequence[Any]
+    backend: Backend, model: Any, criterion: str, plan: Plan, points: StatisticPointsContainer | None
 ) -> dict[tuple[str, str], Vector]:
     """What ranks the channels of each layer besides their magnitude."""
     if criterion == "act":
@@ -161,20 +172,19 @@ def _scores(
             (layer.name, "score"): of_weight(torch.from_numpy(backend.dense_weight(model, layer.name))).numpy()
             for layer in plan.layers
         }
-    points = backend.statistic_points(sites, make_collector)
-    backend.collect(model, points, samples, len(samples))
+    assert points is not None
     moments: dict[str, torch.Tensor] = {}
     for _, point, collector in points.get_tensor_collectors():
         statistic = collector.get_statistics()
         assert isinstance(statistic, ChannelStatistic)
         mean_square = statistic.mean_square()
-        name = point.target_point.target_node_name  # type: ignore[attr-defined]
-        if mean_square is None:
-            msg = f"{name} never ran on the calibration data; use samples that reach it, or leave it out."
-            raise nncf.ValidationError(msg)
-        moments[name] = mean_square
+        if mean_square is not None:
+            moments[point.target_point.target_node_name] = mean_square  # type: ignore[attr-defined]
     vectors: dict[tuple[str, str], Vector] = {}
-    for site, site_plan in zip(sites, plan.sites, strict=True):
+    for site in plan.sites:
+        if site.name not in moments:
+            msg = f"{site.name} never ran on the calibration data; use samples that reach it, or leave it out."
+            raise nncf.ValidationError(msg)
         score = criteria.clact(moments[site.name]).numpy()
-        vectors |= {(layer.name, "score"): score for layer in site_plan.layers}
+        vectors |= {(layer.name, "score"): score for layer in site.layers}
     return vectors

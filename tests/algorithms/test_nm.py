@@ -19,9 +19,10 @@ from torch import nn
 
 import scap_nncf
 from scap_nncf import Mitigation, Nm, Scap
+from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.mitigation import as_mitigation
 from scap_nncf.algorithms.mitigation.apply import low_rank
-from scap_nncf.algorithms.nm import criteria
+from scap_nncf.algorithms.nm import NmBuilder, criteria
 from scap_nncf.algorithms.nm.config import parse_patterns
 
 Factory = Callable[..., Any]
@@ -175,6 +176,19 @@ def test_a_channel_that_weighs_much_is_kept(tiny_model: Factory, batches: Factor
     assert (x[..., 5] != 0).float().mean() > (0.3 if criterion == "amber" else 0.8)  # Amber-Pruner clips outliers
 
 
+def test_statistics_collected_by_others(tiny_model: Factory, batches: Factory) -> None:
+    data, config = batches(3), Nm({"ffn": "2:4", "k": "2:4"}, "clact")
+    whole = nncf.compress(tiny_model(), algorithm=config, dataset=data)
+    model = tiny_model()
+    builder = NmBuilder(config)
+    points = builder.get_statistic_points(model)
+    assert backend_of(model).collect(model, points, data) == 3
+    builder.apply(model, statistic_points=points)
+    plans = [scap_nncf.get_controller(m).plan for m in (whole, model)]
+    assert plans[0].sites == plans[1].sites
+    assert all(np.array_equal(plans[0].vectors[key], plans[1].vectors[key]) for key in plans[0].vectors)
+
+
 # -- error mitigation ------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +246,7 @@ def test_static_shift_is_the_median_of_the_site(tiny_model: Factory, batches: Fa
         for sample in data:
             model(**sample)
     handle.remove()
-    nncf.compress(model, algorithm="nm", pattern="2:4", mitigation="s-pts", dataset=data)
+    nncf.compress(model, algorithm="nm", pattern="2:4", criterion="clact", mitigation="s-pts", dataset=data)
     sites = {site.name: site for site in scap_nncf.get_controller(model).plan.sites}
     site = sites["model.decoder.layers.0.fc2"]
     assert site.mode == pytest.approx(float(torch.cat(values).median()), abs=1e-3)

@@ -140,6 +140,20 @@ def test_decode_policy_leaves_prompts_dense(case: str, core: Any, exact: Any) ->
     assert np.abs(compiled(x[:, :1])[0] - expected(plan, x[:, :1], weight, None)).max() < 2e-4
 
 
+def test_learned_scaling_costs_nothing_at_run_time(core: Any, exact: Any) -> None:
+    weight = np.random.default_rng().standard_normal((IC, OC)).astype(np.float32)
+    counts = []
+    for case in ("pattern", "shift and scale"):
+        plan = make_plan(case, 0.0)
+        layer = replace(plan.layers[0], vectors=tuple(kind for kind in plan.layers[0].vectors if kind == "scale"))
+        plan = replace(plan, sites=(replace(plan.sites[0], layers=(layer,)),))
+        plan = replace(plan, vectors={key: value for key, value in plan.vectors.items() if key[1] == "scale"})
+        model = nncf.compress(handmade(weight, np.ones(OC, dtype=np.float32)), plan=plan)
+        operations = core.compile_model(model, "CPU", exact).get_runtime_model().get_ordered_ops()
+        counts.append(sum(node.get_type_name() != "Constant" for node in operations))
+    assert counts[0] == counts[1]
+
+
 def test_vectors_of_a_model_saved_dense_come_from_its_folder(core: Any, tmp_path: Path) -> None:
     weight = np.random.default_rng().standard_normal((IC, OC)).astype(np.float32)
     sparse = nncf.compress(handmade(weight), plan=make_plan("all", 0.0))
