@@ -207,7 +207,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--seconds", type=float, help="begin no measurement after this many seconds")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
