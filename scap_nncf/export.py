@@ -202,6 +202,8 @@ def _export_dense(
     half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
     # an image or text processor that is not given is not searched for: that would ask the hub
     with _unchanged(model):
+        if hasattr(model, "config") and not getattr(model.config, "architectures", None):
+            model.config.architectures = [type(model).__name__]  # as save_pretrained does: it tells the task later
         try:
             convert.export_from_model(
                 model,

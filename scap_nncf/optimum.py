@@ -106,6 +106,9 @@ def from_pretrained(
     ref = _resolve(ref)
     kind = getattr(intel, class_name(task or task_of(ref, options)))
     compile_at_once = options.pop("compile", False)
+    if Path(ref).is_dir() and "file_name" not in options:
+        # Optimum cannot tell by itself when it is offline
+        options.setdefault("export", not any(Path(ref).rglob("openvino*model.xml")))
     try:
         model = kind.from_pretrained(ref, quantization_config=quantization_config, compile=False, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -252,6 +255,10 @@ def export_arguments(given: Namespace, algorithm: Any, data: Any, plan: Any, ove
     command = require("optimum.commands.export.openvino", "optimum", _PURPOSE).OVExportCommand
     target = Path(given.output)
     check_target(target, overwrite)
+    if plan is not None:  # not after minutes of export
+        from scap_nncf.algorithms.backends.openvino.prune import check_plan
+
+        check_plan(plan if isinstance(plan, Plan) else Plan.load(plan))
     given = Namespace(**vars(given))
     given.model = _resolve(given.model)
     source = Path(given.model)

@@ -106,6 +106,16 @@ def test_text_generation_from_a_torch_folder(tiny_model_dir: str, tmp_path: Path
     assert scap_nncf.get_controller(plain).plan.sites == controller.plan.sites
 
 
+def test_offline(tiny_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the hub Optimum takes every folder for IR (or, if told to export, for PyTorch weights)."""
+    from optimum.intel.openvino import modeling_base
+
+    monkeypatch.setattr(modeling_base, "is_offline_mode", lambda: True)
+    model = pipelines.from_pretrained(tiny_model_dir, algorithm=Scap(sparsity=0.4), dataset=TEXTS, ov_config=EXACT)
+    folder = pipelines.save_pretrained(model, tmp_path / "m")
+    assert generate(pipelines.from_pretrained(folder, ov_config=EXACT)) == generate(model)
+
+
 def test_it_prunes_as_torch_does(tiny_model_dir: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     torch_model = nncf.compress(tiny_model(), algorithm=Scap(sparsity=0.4), dataset=TEXTS, tokenizer=tiny_tokenizer)
     model = pipelines.from_pretrained(tiny_model_dir, algorithm=Scap(sparsity=0.4), dataset=TEXTS, ov_config=EXACT)
@@ -130,10 +140,11 @@ def test_it_prunes_as_torch_does(tiny_model_dir: str, tiny_model: Callable[..., 
         ({"bits": 4, "group_size": 8, "sym": False}, "u4"),
     ],
 )
-def test_optimum_quantises_first(config: Any, kind: str, tiny_model_dir: str, tmp_path: Path) -> None:
-    quantised = pipelines.from_pretrained(tiny_model_dir, quantization_config=config, ov_config=EXACT)
+def test_optimum_quantises_first(config: Any, kind: str, exported: Callable[[str], Path], tmp_path: Path) -> None:
+    source = exported("llama")
+    quantised = pipelines.from_pretrained(source, quantization_config=config, ov_config=EXACT)
     model = pipelines.from_pretrained(
-        tiny_model_dir, quantization_config=config, algorithm=Scap(sparsity=0.5, mode="median"), dataset=TEXTS,
+        source, quantization_config=config, algorithm=Scap(sparsity=0.5, mode="median"), dataset=TEXTS,
         ov_config=EXACT,
     )  # fmt: skip
     assert constants(model.model) == constants(quantised.model)
@@ -146,12 +157,12 @@ def test_optimum_quantises_first(config: Any, kind: str, tiny_model_dir: str, tm
     assert constants(reloaded.model) == constants(model.model)
 
 
-def test_data_aware_quantisation_of_optimum(tiny_model_dir: str) -> None:
+def test_data_aware_quantisation_of_optimum(tiny_model_dir: str, exported: Callable[[str], Path]) -> None:
     config = OVWeightQuantizationConfig(
         bits=4, group_size=8, dataset=TEXTS, tokenizer=tiny_model_dir, quant_method="awq", scale_estimation=True
     )
     model = pipelines.from_pretrained(
-        tiny_model_dir, quantization_config=config, algorithm=Scap(sparsity=0.4), dataset=TEXTS
+        exported("llama"), quantization_config=config, algorithm=Scap(sparsity=0.4), dataset=TEXTS
     )
     assert constants(model.model)["u4"] >= 14
     assert scap_nncf.get_controller(model) is not None
@@ -162,9 +173,9 @@ def test_data_aware_quantisation_of_optimum(tiny_model_dir: str) -> None:
     [WeightCompression("nf4", group_size=8), WeightCompression("int4_asym", group_size=8, gptq=True), Quantization()],
     ids=lambda step: type(step).__name__ + str(getattr(step, "gptq", None)),
 )
-def test_recipe_on_a_model_object(step: Any, tiny_model_dir: str, tmp_path: Path) -> None:
+def test_recipe_on_a_model_object(step: Any, exported: Callable[[str], Path], tmp_path: Path) -> None:
     model = pipelines.from_pretrained(
-        tiny_model_dir, algorithm=[Scap(sparsity=0.5), step], dataset=TEXTS, ov_config=EXACT
+        exported("llama"), algorithm=[Scap(sparsity=0.5), step], dataset=TEXTS, ov_config=EXACT
     )
     made_by = scap_nncf.get_controller(model).plan.made_by
     assert [next(iter(item)) for item in made_by["recipe"]][-1] == "scap"
@@ -175,8 +186,8 @@ def test_recipe_on_a_model_object(step: Any, tiny_model_dir: str, tmp_path: Path
     assert torch.equal(reloaded(IDS).logits, model(IDS).logits)
 
 
-def test_a_failing_recipe_leaves_the_model_object(tiny_model_dir: str) -> None:
-    model = pipelines.from_pretrained(tiny_model_dir, ov_config=EXACT)
+def test_a_failing_recipe_leaves_the_model_object(exported: Callable[[str], Path]) -> None:
+    model = pipelines.from_pretrained(exported("llama"), ov_config=EXACT)
     graph, before = model.model, model(IDS).logits
     steps = [WeightCompression("int8_sym"), Scap(sparsity={"re:nothing": 0.5})]
     with pytest.raises(nncf.ValidationError, match="re:nothing"):
@@ -251,8 +262,8 @@ def test_image_classification(vit_folder: str, tmp_path: Path) -> None:
     assert torch.equal(pipelines.from_pretrained(folder, ov_config=EXACT)(**data[0]).logits, expected)
 
 
-def test_sparsifier(tiny_model_dir: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    model = OVModelForCausalLM.from_pretrained(tiny_model_dir, export=True, compile=False, ov_config=EXACT)
+def test_sparsifier(exported: Callable[[str], Path], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    model = OVModelForCausalLM.from_pretrained(str(exported("llama")), compile=False, ov_config=EXACT)
     sparsifier = pipelines.OVSparsifier.from_pretrained(model, tiny_tokenizer)
     result = sparsifier.sparsify(Scap(sparsity=0.4), TEXTS, save_directory=tmp_path / "m")
     assert result is model
