@@ -203,7 +203,8 @@ def _export_dense(
     # an image or text processor that is not given is not searched for: that would ask the hub
     with _unchanged(model):
         if hasattr(model, "config") and not getattr(model.config, "architectures", None):
-            model.config.architectures = [type(model).__name__]  # as save_pretrained does: it tells the task later
+            # as save_pretrained does: it tells the task later
+            model.config.architectures = [type(model).__name__]  # type: ignore[union-attr]
         try:
             convert.export_from_model(
                 model,
