@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import nncf
 import typer
@@ -28,9 +25,27 @@ import scap_nncf
 from scap_nncf.algorithms import processes
 from scap_nncf.cli_evaluate import evaluate
 from scap_nncf.cli_export import CONTEXT_SETTINGS, apply_recipe, export
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from scap_nncf.cli_options import (
+    CALIBRATION,
+    OUTPUT,
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    IgnoreOption,
+    JsonOption,
+    Mode,
+    ModelArgument,
+    OverwriteOption,
+    Prune,
+    RolesOption,
+    State,
+    TrustOption,
+    ignored_scope,
+    parse_sparsity,
+    split_list,
+)
+from scap_nncf.cli_output import launched, output_folder, work
 
 app = typer.Typer(
     name="scap-nncf",
@@ -44,83 +59,6 @@ app = typer.Typer(
 )
 
 RESULT_FILE = "result.json"
-_MAX_SPARSITY_FILE = 256 << 10  # bytes
-
-
-class Mode(str, Enum):
-    auto = "auto"
-    zero = "zero"
-    mean = "mean"
-    median = "median"
-    kde = "kde"
-
-
-class Prune(str, Enum):
-    all = "all"
-    decode = "decode"
-
-
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class _State:
-    """What `main` has to know of the command that ran."""
-
-    debug = False
-
-
-def _set_debug(value: bool) -> bool:
-    _State.debug = _State.debug or value
-    return value
-
-
-_LOADING, _CALIBRATION, _OUTPUT = "Loading", "Calibration", "Output"
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or demo.")]
-RolesOption = Annotated[
-    str | None,
-    typer.Option(metavar="LIST", help="Only these layers: roles, groups (attn, ffn, all) or re:PATTERN, by commas."),
-]
-IgnoreOption = Annotated[
-    list[str] | None, typer.Option(metavar="REGEX", help="Leave layers dense whose name matches; repeatable.")
-]
-JsonOption = Annotated[
-    bool,
-    typer.Option("--json", rich_help_panel=_OUTPUT, help="Print one JSON object on stdout and nothing else there."),
-]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option(
-        metavar="DTYPE",
-        rich_help_panel=_LOADING,
-        help="float32, bfloat16, float16, or auto: the checkpoint's own.",
-    ),
-]
-DeviceOption = Annotated[
-    str, typer.Option(metavar="DEVICE", rich_help_panel=_LOADING, help="cpu, cuda, cuda:1, or auto: a GPU if any.")
-]
-TrustOption = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", rich_help_panel=_LOADING, help="Run model code that comes with a checkpoint."),
-]
-OverwriteOption = Annotated[
-    bool,
-    typer.Option("--overwrite", rich_help_panel=_OUTPUT, help="Replace a folder that scap-nncf wrote earlier."),
-]
-DebugOption = Annotated[
-    bool,
-    typer.Option(
-        "--debug",
-        callback=_set_debug,
-        is_eager=True,
-        rich_help_panel=_OUTPUT,
-        help="Show the traceback of an error.",
-    ),
-]
 
 
 def _version(value: bool) -> None:
@@ -155,11 +93,11 @@ def inspect(
 
     MODEL is a local folder, a hub id (org/name), a .gguf file, or demo. Nothing is changed.
     """
-    with _work(as_json) as out:
+    with work(as_json) as out:
         from scap_nncf.models import load_model
 
         loaded, _ = load_model(model, dtype.value, device, trust_remote_code)
-        report = scap_nncf.inspect_model(loaded, roles=_split(roles), ignored_scope=_ignored(ignore))
+        report = scap_nncf.inspect_model(loaded, roles=split_list(roles), ignored_scope=ignored_scope(ignore))
         layers = [layer for site in report.sites for layer in site.layers]
         weights = sum(layer.in_features * layer.out_features for layer in layers)
         total = sum(parameter.numel() for parameter in loaded.parameters())
@@ -202,24 +140,24 @@ def compress(
     ignore: IgnoreOption = None,
     calibration: Annotated[
         str,
-        typer.Option(metavar="FILE", rich_help_panel=_CALIBRATION, help="builtin, or a .txt or .jsonl file (.gz too)."),
+        typer.Option(metavar="FILE", rich_help_panel=CALIBRATION, help="builtin, or a .txt or .jsonl file (.gz too)."),
     ] = "builtin",
     text_field: Annotated[
-        str, typer.Option(metavar="KEY", rich_help_panel=_CALIBRATION, help="Key of the text in a .jsonl file.")
+        str, typer.Option(metavar="KEY", rich_help_panel=CALIBRATION, help="Key of the text in a .jsonl file.")
     ] = "text",
     samples: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", rich_help_panel=_CALIBRATION, help="Default: 64, or what the text gives."),
+        typer.Option(min=1, metavar="N", rich_help_panel=CALIBRATION, help="Default: 64, or what the text gives."),
     ] = None,
     length: Annotated[
-        int, typer.Option(min=1, metavar="N", rich_help_panel=_CALIBRATION, help="Tokens a sample.")
+        int, typer.Option(min=1, metavar="N", rich_help_panel=CALIBRATION, help="Tokens a sample.")
     ] = 256,
-    seed: Annotated[int, typer.Option(metavar="N", rich_help_panel=_CALIBRATION, help="Of the choice of samples.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", rich_help_panel=CALIBRATION, help="Of the choice of samples.")] = 0,
     sequential: Annotated[
         bool,
         typer.Option(
             "--sequential",
-            rich_help_panel=_CALIBRATION,
+            rich_help_panel=CALIBRATION,
             help="Calibrate each block on the pruned output of those before it.",
         ),
     ] = False,
@@ -227,7 +165,7 @@ def compress(
         Path | None,
         typer.Option(
             metavar="DIR",
-            rich_help_panel=_CALIBRATION,
+            rich_help_panel=CALIBRATION,
             help="Take a saved plan instead of calibrating; with --sparsity, its statistics give new thresholds.",
         ),
     ] = None,
@@ -240,7 +178,7 @@ def compress(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", rich_help_panel=_OUTPUT, help="New folder for the plan and its statistics."),
+        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="New folder for the plan and its statistics."),
     ] = None,
     overwrite: OverwriteOption = False,
     dtype: DtypeOption = Dtype.auto,
@@ -271,7 +209,7 @@ def compress(
             msg = f"{given} belongs into the recipe; leave out one of the two"
             raise typer.BadParameter(msg, param_hint="--recipe")
         steps = scap_nncf.load_recipe(recipe)
-        with _work(as_json) as out, _launched(output, overwrite):
+        with work(as_json) as out, launched(output, overwrite):
             from scap_nncf.models import load_model
 
             texts = _calibration_texts(calibration, text_field)
@@ -293,7 +231,7 @@ def compress(
             given = ", ".join(name for name, present in needless.items() if present)
             msg = f"{given} has no effect on a plan that is already calibrated; leave out one of the two"
             raise typer.BadParameter(msg, param_hint="--plan")
-    with _work(as_json) as out, _launched(output, overwrite), _output(output, overwrite) as folder:
+    with work(as_json) as out, launched(output, overwrite), output_folder(output, overwrite) as folder:
         from scap_nncf.models import load_model
 
         start = time.perf_counter()
@@ -314,8 +252,8 @@ def compress(
                     mode=(mode or Mode.auto).value,
                     prune=(prune or Prune.all).value,
                     sequential=sequential,
-                    roles=_split(roles),
-                    ignored_scope=_ignored(ignore),
+                    roles=split_list(roles),
+                    ignored_scope=ignored_scope(ignore),
                     subset_size=None,
                 ),
                 dataset=batches,
@@ -371,7 +309,7 @@ def generate(
 
     MODEL is a local folder, a hub id (org/name), a .gguf file, or demo.
     """
-    with _work(as_json) as out:
+    with work(as_json) as out:
         from scap_nncf.generation import generate_text
         from scap_nncf.models import load_model
 
@@ -416,162 +354,13 @@ def demo(
     settings = SHORT if short else DEFAULT
     if sparsity is not None:
         settings = replace(settings, sparsity=parse_sparsity(sparsity))
-    with _work(as_json) as out:
+    with work(as_json) as out:
         result = run_demo(output, settings, model, overwrite=overwrite, console=out.console)
         out.result(asdict(result), None)
 
 
 app.command(name="export", context_settings=CONTEXT_SETTINGS, add_help_option=False)(export)
 app.command(name="evaluate")(evaluate)
-
-
-# -- what commands share -----------------------------------------------------------------------------------------------
-
-
-class _Output:
-    """Where a command's result goes: text on the console, or one JSON object on stdout."""
-
-    def __init__(self, stream: Any, as_json: bool) -> None:
-        from rich.console import Console
-
-        self._stream = stream
-        self._as_json = as_json
-        # tables are wider than the 80 columns that rich takes for a pipe
-        width = None if stream.isatty() or "COLUMNS" in os.environ else 120
-        self.console: Console = Console(file=sys.stderr if as_json else stream, width=width)
-
-    def result(self, data: Any, text: str | None) -> None:
-        if not processes.current().writes:
-            return
-        if self._as_json:
-            # NaN and Infinity are no JSON; a reader would choke on them
-            self._stream.write(json.dumps(_finite(data), allow_nan=False) + "\n")
-        elif text is not None:
-            self._stream.write(text + "\n")
-        self._stream.flush()
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {str(key): _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    if isinstance(data, float) and data - data != 0:
-        return None
-    return data
-
-
-@contextlib.contextmanager
-def _work(as_json: bool) -> Iterator[_Output]:
-    """Runs the work with everything that prints (progress bars of NNCF, libraries) sent to stderr."""
-    out = _Output(sys.stdout, as_json)
-    handlers = [h for h in logging.getLogger("nncf").handlers if isinstance(h, logging.StreamHandler)]
-    before = [handler.setStream(sys.stderr) for handler in handlers]
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield out
-    finally:
-        for handler, stream in zip(handlers, before):
-            if stream is not None:
-                handler.setStream(stream)
-
-
-@contextlib.contextmanager
-def _launched(output: Path | None, overwrite: bool) -> Iterator[None]:
-    """
-    The processes of `torchrun` or `accelerate launch` work together; the first one writes and prints. What they
-    calibrated when they are killed lies beside the output, and the same command goes on from there.
-    """
-    from scap_nncf.storage import check_target
-
-    started = processes.start_from_launcher()
-    try:
-        with processes.current().together():
-            if output is not None and processes.current().writes:
-                check_target(output, overwrite)
-        if output is None:
-            yield
-        else:
-            target = output.expanduser()
-            with scap_nncf.resumable(target.parent / f".{target.name}.unfinished"):
-                yield
-    finally:
-        if started:
-            import torch.distributed
-
-            torch.distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _output(folder: Path | None, overwrite: bool) -> Iterator[Path | None]:
-    from scap_nncf.storage import new_folder
-
-    if folder is None or not processes.current().writes:
-        yield None
-    else:
-        with new_folder(folder, overwrite) as temporary:
-            yield temporary
-
-
-def parse_sparsity(text: str) -> Any:
-    """
-    A sparsity given on the command line, in a form that `scap_nncf.compress` takes.
-
-    :param text: a number, `role=number` pairs, the reference's grammar, a JSON object, or `@FILE` (YAML or JSON).
-    :raises typer.BadParameter: if it has none of these forms.
-    """
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    if text.startswith("@"):
-        return _sparsity_file(Path(text[1:]).expanduser())
-    if text.lstrip().startswith("{"):
-        try:
-            return _checked_mapping(json.loads(text), "--sparsity")
-        except (ValueError, RecursionError) as error:
-            msg = f"--sparsity is no JSON object: {error}"
-            raise typer.BadParameter(msg) from None
-    if "=" in text:
-        pairs = [pair.rpartition("=") for pair in text.split(",")]
-        return _checked_mapping({key.strip(): value for key, _, value in pairs}, "--sparsity")
-    if "," in text:
-        return text  # the reference's grammar; the library checks it
-    msg = f"--sparsity {text!r}: expected a number such as 0.5, up=0.4,down=0.6, a grammar string, JSON, or @FILE"
-    raise typer.BadParameter(msg)
-
-
-def _sparsity_file(path: Path) -> Any:
-    from scap_nncf.algorithms.documents import parse_json, parse_yaml, read_text
-
-    parse = parse_json if path.suffix.lower() == ".json" else parse_yaml
-    try:
-        data = parse(read_text(path, _MAX_SPARSITY_FILE, "a sparsity"), f"@{path}")
-    except nncf.ValidationError as error:
-        raise typer.BadParameter(" ".join(f"--sparsity {error}".split())) from None
-    if isinstance(data, dict) and set(data) == {"sparsity"}:
-        data = data["sparsity"]
-    if isinstance(data, (int, float)) and not isinstance(data, bool):
-        return float(data)
-    return data if isinstance(data, str) else _checked_mapping(data, f"--sparsity @{path}")
-
-
-def _checked_mapping(data: Any, where: str) -> dict[str, float]:
-    try:
-        if not isinstance(data, dict) or not data:
-            raise ValueError
-        return {str(key): float(value) for key, value in data.items()}
-    except (TypeError, ValueError, OverflowError):
-        msg = f"{where}: expected roles and numbers such as up=0.4,down=0.6, got {str(data)[:200]}"
-        raise typer.BadParameter(msg) from None
-
-
-def _split(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _ignored(patterns: list[str] | None) -> Any:
-    return nncf.IgnoredScope(patterns=patterns) if patterns else None
 
 
 def _calibration_texts(calibration: str, field: str) -> Sequence[str]:
@@ -607,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: without the program's name; None for `sys.argv`.
     :return: the exit code.
     """
-    _State.debug = False
+    State.debug = False
     with contextlib.suppress(ValueError):  # not in the main thread: the caller's own affair
         # so that a half-written folder goes when the command is ended from outside
         signal.signal(signal.SIGTERM, _terminated)
@@ -620,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("scap-nncf: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if _State.debug:
+        if State.debug:
             raise
         print(f"scap-nncf: error: {_one_line(error)}", file=sys.stderr)
         return 1

@@ -11,6 +11,9 @@ from typing import Annotated, Any
 import nncf
 import typer
 
+from scap_nncf.cli_options import parse_sparsity
+from scap_nncf.cli_output import work
+
 bench = typer.Typer(
     name="bench",
     help="Speed of the kernels and of whole models: dense beside sparse, JSON, CSV and a picture.",
@@ -58,7 +61,6 @@ def decode(
     import torch
 
     from scap_nncf import bench_decode
-    from scap_nncf.cli import _work, parse_sparsity
 
     sparsities = {text: parse_sparsity(text) for text in sparsity} if sparsity else None
     model: Any = shape
@@ -70,7 +72,7 @@ def decode(
         from scap_nncf.models import load_model
 
         model, _ = load_model(shape, dtype.value, device or "auto")
-    with _work(as_json) as out:
+    with work(as_json) as out:
         result = bench_decode.run(
             model,
             sparsities=sparsities,

@@ -10,12 +10,19 @@ from typing import Annotated, Any
 import nncf
 import typer
 
-_DATA, _TEXTS, _OUTPUT = "Data", "Texts", "Output"
+from scap_nncf.cli_options import (
+    OUTPUT,
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    Prune,
+    TrustOption,
+)
+from scap_nncf.cli_output import launched, work
 
-
-class Prune(str, Enum):
-    all = "all"
-    decode = "decode"
+_DATA, _TEXTS = "Data", "Texts"
 
 
 def evaluate(
@@ -76,38 +83,26 @@ def evaluate(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", rich_help_panel=_OUTPUT, help="evaluation_results.json goes there."
+            "--output", "-o", metavar="DIR", rich_help_panel=OUTPUT, help="evaluation_results.json goes there."
         ),
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", rich_help_panel=_OUTPUT, help="Keeps answers; an interrupted run goes on."),
+        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Keeps answers; an interrupted run goes on."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="float32, bfloat16, float16, or auto: the checkpoint's own.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, or auto: a GPU if any.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with a checkpoint.")
-    ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", rich_help_panel=_OUTPUT, help="Print one JSON object on stdout, nothing else there."),
-    ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", rich_help_panel=_OUTPUT, help="Show the traceback of an error.")
-    ] = False,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """
     Measure quality dense and sparse side by side: tasks of lm-eval, perplexity of texts, errors and significance.
 
     On several GPUs: accelerate launch -m scap_nncf evaluate MODEL ...
     """
-    from scap_nncf import cli
-
-    cli._set_debug(debug)
-    arguments = {key: value for key, value in locals().items() if key not in ("cli", "debug", "as_json", "output")}
-    with cli._work(as_json) as out, cli._launched(None, False):
+    arguments = {key: value for key, value in locals().items() if key not in ("debug", "as_json", "output")}
+    with work(as_json) as out, launched(None, False):
         import scap_nncf
         from scap_nncf.algorithms.plan import Plan
         from scap_nncf.algorithms.processes import current as current_processes
@@ -115,7 +110,7 @@ def evaluate(
         plans = _plans(plan or [])
         for path in plans.values():
             Plan.load(path)  # before the model: a wrong path should not cost a load
-        loaded, tokenizer = _load(model, dtype, device, trust_remote_code)
+        loaded, tokenizer = _load(model, dtype.value, device, trust_remote_code)
         result = scap_nncf.evaluate(
             loaded,
             tokenizer,

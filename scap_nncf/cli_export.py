@@ -12,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import nncf
 import typer
 
 import scap_nncf
+from scap_nncf.cli_options import ignored_scope, parse_sparsity, split_list
+from scap_nncf.cli_output import work
 from scap_nncf.extras import MissingExtraError, require
 from scap_nncf.recipe import builders_of
 
@@ -117,12 +118,10 @@ def run_export(given: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         )
         return samples, None
 
-    from scap_nncf.cli import _work
-
     expected: tuple[type[Exception], ...] = (typer.BadParameter, MissingExtraError, OSError, *_errors())
     try:
         _check_files(given)
-        with _work(as_json=False):  # progress and tables of NNCF go to stderr; stdout holds the result alone
+        with work(as_json=False):  # progress and tables of NNCF go to stderr; stdout holds the result alone
             folder = export_arguments(given, _scap(given), data, given.plan, given.overwrite)
             controller = scap_nncf.get_controller(scap_nncf.load_openvino(folder))
         assert controller is not None
@@ -145,15 +144,13 @@ def _check_files(given: argparse.Namespace) -> None:
 
 
 def _scap(given: argparse.Namespace) -> Any:
-    from scap_nncf.cli import parse_sparsity
-
     return scap_nncf.Scap(
         sparsity=0.5 if given.sparsity is None else parse_sparsity(given.sparsity),
         mode=given.mode or "auto",
         prune=given.prune or "all",
         sequential=given.sequential,
-        roles=None if given.roles is None else [part.strip() for part in given.roles.split(",")],
-        ignored_scope=nncf.IgnoredScope(patterns=given.ignore) if given.ignore else None,
+        roles=split_list(given.roles),
+        ignored_scope=ignored_scope(given.ignore),
         subset_size=None,
     )
 

@@ -13,7 +13,8 @@ import pytest
 import typer
 
 import scap_nncf
-from scap_nncf.cli import main, parse_sparsity
+from scap_nncf.cli import main
+from scap_nncf.cli_options import parse_sparsity
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 40
 

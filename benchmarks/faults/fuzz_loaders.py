@@ -296,7 +296,7 @@ def load_sparsity(content: Any, folder: Path) -> None:
     sites = example()[1].sites
     loads: list[Callable[[], Any]] = [lambda: sparsity.resolve(content, sites)]
     if isinstance(content, str) and not content.startswith("@"):
-        from scap_nncf.cli import parse_sparsity
+        from scap_nncf.cli_options import parse_sparsity
 
         loads += [lambda: sparsity.resolve(parse_sparsity(content), sites), lambda: _sparsity_file(content, folder)]
     refusals = []
@@ -310,7 +310,7 @@ def load_sparsity(content: Any, folder: Path) -> None:
 
 
 def _sparsity_file(content: str, folder: Path) -> None:
-    from scap_nncf.cli import parse_sparsity
+    from scap_nncf.cli_options import parse_sparsity
 
     for name in ("s.json", "s.yaml"):
         (folder / name).write_bytes(content.encode("utf-8", "surrogatepass"))
