@@ -378,6 +378,15 @@ def test_learning_needs_data(tiny_llama: nn.Module, settings_: dict[str, Any]) -
     assert scap_nncf.get_controller(tiny_llama) is None
 
 
+@pytest.mark.parametrize("settings_", [{"criterion": "wina"}, {"mitigation": "var"}, {"mitigation": "l-pts"}])
+def test_fused_experts_take_patterns_alone(tiny_model: Factory, batches: Factory, settings_: dict[str, Any]) -> None:
+    model = tiny_model("mixtral")
+    with pytest.raises(nncf.ParameterNotSupportedError, match="expert"):
+        nncf.compress(model, algorithm="nm", pattern="2:4", dataset=batches(2), **settings_)
+    assert scap_nncf.get_controller(model) is None
+    nncf.compress(model, algorithm="nm", pattern={"attn": "2:4"}, dataset=batches(2), **settings_)
+
+
 def test_nan_in_the_calibration_data() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
     with pytest.raises(nncf.ValidationError, match=r"NaN|not finite"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import nncf
 import torch
 from torch import nn
 
@@ -53,3 +54,20 @@ def input_argument(args: tuple[object, ...], kwargs: dict[str, object]) -> torch
         msg = f"expected a tensor as the first argument of a fully connected layer, got {type(value).__name__}"
         raise TypeError(msg)
     return value
+
+
+def layer_module(model: nn.Module, name: str) -> nn.Module:
+    """
+    The module of an FC layer.
+
+    :raises nncf.ParameterNotSupportedError: the layer is an expert that shares a parameter with others, and no module.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        msg = (
+            f"{name} is an expert that shares a parameter with others: it takes thresholds, a mode or an N:M pattern "
+            "by magnitude, no criterion of weights and no error mitigation. Leave the experts out by role or "
+            "ignored_scope."
+        )
+        raise nncf.ParameterNotSupportedError(msg) from error

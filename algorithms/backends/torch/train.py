@@ -19,7 +19,7 @@ from nncf.common.logging.track_progress import track
 from torch import nn
 
 from scap_nncf.algorithms.backends.torch.collect import _without_padding
-from scap_nncf.algorithms.backends.torch.layers import input_argument
+from scap_nncf.algorithms.backends.torch.layers import input_argument, layer_module
 from scap_nncf.algorithms.backends.torch.run import attention_mask, evaluation, forward_sample
 from scap_nncf.algorithms.backends.torch.weights import dense_weight
 from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan, Vector
@@ -117,7 +117,7 @@ def _visiting(
                 if x.numel():
                     visit(name, x.detach().reshape(-1, x.shape[-1]))
 
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+            handles.append(layer_module(model, name).register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
 
         def begin(sample: Any) -> None:
             mask[0] = attention_mask(sample)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from scap_nncf.algorithms.backends.torch.layers import layer_module
+
 
 def column_sums(model: nn.Module, name: str) -> torch.Tensor:
     """
@@ -54,10 +56,10 @@ def dense_weight(model: nn.Module, name: str) -> torch.Tensor:
     Of formats that are not known the layer is asked for its result on unit vectors. What AWQ multiplies the layer's
     input with counts as part of the weights.
     """
+    module = layer_module(model, name)
     matrix = _matrix(model, name)
     if matrix is not None:
         return matrix.float()
-    module = model.get_submodule(name)
     rows = torch.eye(module.in_features).split(256)  # type: ignore[arg-type]
     return torch.cat([_probe(module, part) for part in rows])
 
