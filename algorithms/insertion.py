@@ -33,8 +33,8 @@ def refuse_sparse(model: Any) -> None:
     """
     if backend_of(model).stored_controller(model) is not None:
         msg = (
-            "The model has activation sparsity already; pruning twice would stack. Take it out first with "
-            "scap_nncf.get_controller(model).strip()."
+            "The model has activation sparsity already; pruning twice would stack. Change it with "
+            "scap_nncf.get_controller(model).set_sparsity(...), or take it out first with .strip()."
         )
         raise nncf.ValidationError(msg)
 

@@ -54,7 +54,7 @@ class Mitigation:
     variance: bool = False
     scaling: bool = False
     low_rank: int = 0
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     epochs: int = 4
     patience: int = 1
 

@@ -16,13 +16,14 @@ from scap_nncf.algorithms.allocation import allocate
 from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import COMPRESSION_ALGORITHMS, CompressionBuilder
 from scap_nncf.algorithms.data import Samples
+from scap_nncf.algorithms.insertion import insert_plan, refuse_sparse
 from scap_nncf.algorithms.mitigation import as_mitigation, mitigate
 from scap_nncf.algorithms.plan import Plan, SitePlan
 from scap_nncf.algorithms.processes import current as current_processes
 from scap_nncf.algorithms.quantization.config import describe
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.config import Scap
-from scap_nncf.algorithms.scap.controller import ScapController, get_controller
+from scap_nncf.algorithms.scap.controller import ScapController
 from scap_nncf.algorithms.scap.gather import gather, share_samples
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 from scap_nncf.algorithms.scap.pooling import shrink
@@ -50,12 +51,12 @@ class ScapBuilder(CompressionBuilder):
         :raises nncf.ValidationError: bad settings or data, or the model is sparse already.
         """
         plan, calibration = self.calibrate(model, dataset, tokenizer)
-        return _insert(model, plan, calibration)
+        return insert_plan(model, plan, calibration)
 
     def build_from_plan(self, model: Any, plan: Plan, calibration: CalibrationStatistics | None = None) -> Any:
         """Prune as a plan says, without data."""
-        _refuse_sparse(model)
-        return _insert(model, plan.bind(backend_of(model).shapes_of(model)), calibration)
+        refuse_sparse(model)
+        return insert_plan(model, plan.bind(backend_of(model).shapes_of(model)), calibration)
 
     def find_sites(self, model: Any, sample: Any = None) -> ModelReport:
         """What this configuration prunes in the model, and what stays dense."""
@@ -68,7 +69,7 @@ class ScapBuilder(CompressionBuilder):
 
         :raises nncf.ValidationError: as :meth:`build`.
         """
-        _refuse_sparse(model)
+        refuse_sparse(model)
         samples: Any = Samples(dataset, tokenizer, self.config.subset_size)
         first = samples.first()
         mitigation, kept = as_mitigation(self.config.mitigation), []
@@ -124,7 +125,7 @@ class ScapBuilder(CompressionBuilder):
         """Plan and prune from collected statistics, or calibrate on the dataset where there are none."""
         if statistic_points is None:
             return self.build(model, dataset)
-        _refuse_sparse(model)
+        refuse_sparse(model)
         histograms = backend_of(model).histograms_of(statistic_points)
         sites = tuple(site for site in self.find_sites(model).sites if site.name in histograms)
         calibration = CalibrationStatistics(sites, histograms)
@@ -132,7 +133,7 @@ class ScapBuilder(CompressionBuilder):
         if mitigation is not None:
             samples = [] if dataset is None else list(Samples(dataset, None, self.config.subset_size))
             plan = mitigate(model, plan, mitigation, samples)
-        return _insert(model, plan, calibration)
+        return insert_plan(model, plan, calibration)
 
 
 def make_plan(calibration: CalibrationStatistics, config: Scap) -> Plan:
@@ -147,23 +148,6 @@ def make_plan(calibration: CalibrationStatistics, config: Scap) -> Plan:
     plans = (plan_site(site, histograms[site.name], targets, config.mode) for site in calibration.sites)
     sites = tuple(site_plan for site_plan in plans if site_plan is not None)
     return Plan(sites, "scap", config.prune, _made_by(config, calibration))
-
-
-def _insert(model: Any, plan: Plan, calibration: CalibrationStatistics | None) -> Any:
-    backend = backend_of(model)
-    model = backend.working_copy(model)
-    backend.insert(model, plan)
-    backend.store_controller(model, ScapController(model, plan, calibration))
-    return model
-
-
-def _refuse_sparse(model: Any) -> None:
-    if get_controller(model) is not None:
-        msg = (
-            "The model has activation sparsity already; pruning twice would stack. Change it with "
-            "scap_nncf.get_controller(model).set_sparsity(...), or take it out first with .strip()."
-        )
-        raise nncf.ValidationError(msg)
 
 
 def _made_by(config: Scap, calibration: CalibrationStatistics) -> dict[str, Any]:
