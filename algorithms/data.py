@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,13 +14,33 @@ import nncf
 DEFAULT_TEXT_LENGTH = 256
 
 
+#: Columns of datasets that hold images or sound, and what a processor calls them.
+_MEDIA = {"image": "images", "img": "images", "audio": "audio"}
+#: Axes of one sample of a model input that is no text.
+_DENSE_AXES = {"pixel_values": 3, "input_features": 2, "input_values": 1}
+
+
+def _is_image(item: Any) -> bool:
+    return any(f"{kind.__module__}.{kind.__name__}" == "PIL.Image.Image" for kind in type(item).__mro__)
+
+
+def _with_batch_axis(value: Any, axes: int) -> Any:
+    """Rows of datasets.Dataset are lists, and have no batch axis."""
+    if isinstance(value, Sequence):
+        import torch
+
+        value = torch.as_tensor(value, dtype=torch.float32)
+    return value[None] if getattr(value, "ndim", None) == axes else value
+
+
 class Samples:
     """
     A calibration dataset as an iterable of samples that can be looked into without losing the first one.
 
-    :param dataset: a ``nncf.Dataset``; an iterable of tensors, mappings or tuples; texts with a `tokenizer`; or a
-        ``datasets.Dataset`` with the column ``input_ids``, or ``text`` with a `tokenizer`.
-    :param tokenizer: a transformers tokenizer, for texts.
+    :param dataset: a ``nncf.Dataset``; an iterable of tensors, mappings or tuples; texts or PIL images with a
+        `tokenizer`; or a ``datasets.Dataset`` with the column ``input_ids``, ``pixel_values``, ``input_features`` or
+        ``input_values``, or ``text``, ``image`` or ``audio`` with a `tokenizer`.
+    :param tokenizer: a transformers tokenizer for texts, an image processor or feature extractor for images or sound.
     :param subset_size: at most this many samples; None for all.
     :raises nncf.ValidationError: no dataset, or texts without a tokenizer.
     """
@@ -65,7 +86,15 @@ class Samples:
     def _prepare(self, item: Any) -> Any:
         if isinstance(item, str):
             return self._encode(item)
+        if _is_image(item):
+            return self._process("images", item)
         if isinstance(item, Mapping):
+            kind = next((kind for kind in _MEDIA if kind in item), None)
+            if kind is not None:  # a row of datasets.Dataset with images or sound
+                return self._process(_MEDIA[kind], item[kind])
+            dense = [key for key in _DENSE_AXES if key in item]
+            if dense and "input_ids" not in item:
+                return {**item, **{key: _with_batch_axis(item[key], _DENSE_AXES[key]) for key in dense}}
             ids = item.get("input_ids")
             if isinstance(ids, Sequence) or getattr(ids, "ndim", 2) == 1:  # a row of datasets.Dataset: no batch axis
                 import torch
@@ -76,6 +105,18 @@ class Samples:
             if isinstance(item.get("text"), str):
                 return self._encode(item["text"])
         return item
+
+    def _process(self, argument: str, value: Any) -> dict[str, Any]:
+        """What the image processor or feature extractor makes of an image or of sound."""
+        if self._tokenizer is None:
+            msg = f"The dataset holds {argument}; pass tokenizer= (an image processor or feature extractor) for them."
+            raise nncf.ValidationError(msg)
+        options = {}
+        if argument == "audio" and isinstance(value, Mapping):  # datasets.Audio
+            value, options = value["array"], {"sampling_rate": value["sampling_rate"]}
+        call = inspect.signature(self._tokenizer.__call__).parameters
+        name = argument if argument in call else next(iter(call))  # feature extractors say raw_speech
+        return dict(self._tokenizer(**{name: value}, return_tensors="pt", **options))
 
     def _encode(self, text: str) -> dict[str, Any]:
         if self._tokenizer is None:

@@ -74,10 +74,15 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What would be pruned in a model and what would not; ``str()`` is a table."""
+    """
+    What would be pruned in a model and what would not; ``str()`` is a table.
+
+    :param notes: what else is worth knowing, a sentence each.
+    """
 
     sites: tuple[Site, ...]
     left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows: list[list[Any]] = []
@@ -94,4 +99,6 @@ class ModelReport:
         if self.left_out:
             rows = [[item.name, item.kind, item.reason] for item in self.left_out]
             text += "\nLeft dense:\n" + create_table(header=["Module", "Kind", "Reason"], rows=rows)
+        if self.notes:
+            text += "\n" + "\n".join(self.notes)
         return text

@@ -66,6 +66,21 @@ def _config(family: str) -> Any:
         "mpt": lambda: tf.MptConfig(
             vocab_size=VOCAB, d_model=HIDDEN, n_heads=HEADS, n_layers=BLOCKS, expansion_ratio=2, max_seq_len=256
         ),
+        "qwen3": lambda: tf.Qwen3Config(**grouped, head_dim=12),
+        "gemma2": lambda: tf.Gemma2Config(**grouped, head_dim=12, layer_types=["full_attention"] * BLOCKS),
+        "olmo": lambda: tf.OlmoConfig(**grouped),
+        "starcoder2": lambda: tf.Starcoder2Config(**grouped),  # biases, GELU without a gate
+        "bloom": lambda: tf.BloomConfig(
+            vocab_size=VOCAB, hidden_size=HIDDEN, n_head=HEADS, n_layer=BLOCKS, bos_token_id=1, eos_token_id=2
+        ),
+        # state space: in_proj and out_proj
+        "mamba2": lambda: tf.Mamba2Config(
+            **common, hidden_size=HIDDEN, num_hidden_layers=BLOCKS, num_heads=8, head_dim=12, state_size=8, n_groups=2
+        ),
+        # state space and attention side by side
+        "falcon_h1": lambda: tf.FalconH1Config(
+            **grouped, head_dim=12, mamba_d_ssm=48, mamba_n_heads=4, mamba_d_head=12, mamba_d_state=8, mamba_n_groups=1
+        ),
         # fused 3-D expert parameters
         "mixtral": lambda: tf.MixtralConfig(**grouped, num_local_experts=4, num_experts_per_tok=2),
         "qwen2_moe": lambda: tf.Qwen2MoeConfig(

@@ -251,7 +251,7 @@ def _traced(model: Any, samples: list[Any] | None) -> Any:
     from nncf.torch.function_hook.wrapper import get_hook_storage, is_wrapped
     from nncf.torch.quantization.layers import BaseWeightsDecompressor
 
-    from scap_nncf.algorithms.backends.torch.discover import example_inputs
+    from scap_nncf.algorithms.backends.torch.examples import example_inputs
     from scap_nncf.algorithms.backends.torch.run import evaluation, forward_sample
 
     if is_wrapped(model) and any(isinstance(m, BaseWeightsDecompressor) for m in get_hook_storage(model).modules()):

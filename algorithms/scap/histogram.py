@@ -82,6 +82,12 @@ class ActivationHistogram:
         """Number of NaN and Inf values seen."""
         return int(self.counts[_FIRST_NON_FINITE:_SIGN].sum() + self.counts[_SIGN | _FIRST_NON_FINITE :].sum())
 
+    @property
+    def zero_share(self) -> float:
+        """Share of values that are zero, as ReLU leaves them (or below 1e-40)."""
+        zeros = int(self.counts[0] + self.counts[_SIGN])
+        return zeros / self.total if self.total else 0.0
+
     def merge(self, other: ActivationHistogram) -> ActivationHistogram:
         """The histogram of both data sets; commutative and associative, exact."""
         if not self.total:

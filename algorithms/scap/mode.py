@@ -8,6 +8,8 @@ from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 
 #: ``auto`` centres only where the squared pruning error falls at least to this share of the uncentred one.
 AUTO_MAX_ERROR_RATIO = 0.9
+#: From this share of zeros on, a density peak that all but touches zero is the zeros'.
+NATURAL_PEAK = 0.1
 
 
 def choose_mode(histogram: ActivationHistogram, method: str, sparsity: float) -> tuple[float, str]:
@@ -33,4 +35,16 @@ def choose_mode(histogram: ActivationHistogram, method: str, sparsity: float) ->
     if method == "zero":
         return 0.0, "zero"
     mode = {"mean": histogram.mean, "median": histogram.median, "kde": histogram.kde_mode}[method]()
-    return to_float32(mode), method
+    return _zero_if_meant(histogram, to_float32(mode), method), method
+
+
+def _zero_if_meant(histogram: ActivationHistogram, mode: float, method: str) -> float:
+    """
+    Zero where the mode found is the zeros themselves: they are one value, of which the median's grid gives a neighbour
+    and the density's peak, smoothed with the values on one side of it, lies a little off; ``x − η`` would not be zero
+    for a single one.
+    """
+    near = 2.0**-126
+    if method == "kde" and histogram.zero_share >= NATURAL_PEAK:
+        near = 0.01 * (histogram.value_quantile(0.999) - histogram.value_quantile(0.001))
+    return 0.0 if histogram.zero_share and abs(mode) < near else mode

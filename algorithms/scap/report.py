@@ -11,6 +11,7 @@ from nncf.common.utils.helpers import create_table
 
 from scap_nncf.algorithms.plan import Plan
 from scap_nncf.algorithms.scap.pooling import OWN_TOKENS
+from scap_nncf.algorithms.scap.site_plan import NATURAL
 from scap_nncf.algorithms.sites import expert_pool
 
 
@@ -134,7 +135,12 @@ class ScapStatistics:
         ]
         rows.append(["all", len(self.layers), _percent(self.sparsity), _percent(self.realised_sparsity), "", ""])
         selection = "Pattern" if any(layer.pattern for layer in self.layers) else "Threshold"
-        return create_table(header=["Role", "Layers", "Target", "Realised", "Mode", selection], rows=rows)
+        table = create_table(header=["Role", "Layers", "Target", "Realised", "Mode", selection], rows=rows)
+        natural = [layer for layer in self.layers if layer.mode_method == NATURAL]
+        if natural:
+            roles = ", ".join(dict.fromkeys(layer.role for layer in natural))
+            table += f"\n{len(natural)} layers ({roles}) drop only inputs that are zero anyway: no loss (τ = 0)."
+        return table
 
 
 def make_statistics(

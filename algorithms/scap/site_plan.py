@@ -12,6 +12,9 @@ from scap_nncf.algorithms.sites import Site
 from scap_nncf.algorithms.sparsity import Target
 
 KEEP_EVERYTHING = -1.0
+#: ``mode_method`` of a site where nothing but zeros is dropped.
+NATURAL = "natural"
+MAX_NATURAL = 0.9999  # a target is below 1
 
 
 def plan_site(
@@ -19,6 +22,8 @@ def plan_site(
 ) -> SitePlan | None:
     """
     Mode and thresholds of one site (SCAP paper, equation 2 applied to x − η).
+
+    Where at least the target share of the inputs is zero anyway, the site is marked ``natural``: τ = 0 loses nothing.
 
     :param targets: layer name → target; layers of the site that are not in it stay dense.
     :param mode_method: used where the target names none.
@@ -28,23 +33,13 @@ def plan_site(
     if not layers:
         return None
     mode, found_by = site_mode(site, histogram, targets, mode_method)
-    return SitePlan(
-        site.name,
-        site.block,
-        mode,
-        found_by,
-        tuple(
-            LayerPlan(
-                layer.name,
-                layer.role,
-                layer.in_features,
-                layer.out_features,
-                _threshold(histogram, targets[layer.name].sparsity, mode),
-                targets[layer.name].sparsity,
-            )
-            for layer in layers
-        ),
-    )
+    planned = []
+    for layer in layers:
+        threshold, sparsity = _threshold(histogram, targets[layer.name].sparsity, mode)
+        planned.append(LayerPlan(layer.name, layer.role, layer.in_features, layer.out_features, threshold, sparsity))
+    if all(layer.threshold == 0.0 for layer in planned) and mode == 0.0:
+        found_by = NATURAL
+    return SitePlan(site.name, site.block, mode, found_by, tuple(planned))
 
 
 def site_mode(
@@ -58,7 +53,13 @@ def site_mode(
     return choose_mode(histogram, method, mean_sparsity)
 
 
-def _threshold(histogram: ActivationHistogram, sparsity: float, mode: float) -> float:
+def _threshold(histogram: ActivationHistogram, sparsity: float, mode: float) -> tuple[float, float]:
+    """
+    τ and the sparsity that it gives. Inputs that are zero by themselves (behind a ReLU) are dropped without loss, so
+    where their share is above the target, τ is 0 and the sparsity is that share.
+    """
     if sparsity == 0.0:
-        return KEEP_EVERYTHING
-    return to_float32(histogram.quantile(sparsity, mode))
+        return KEEP_EVERYTHING, 0.0
+    if mode == 0.0 and histogram.zero_share >= sparsity:
+        return 0.0, min(histogram.zero_share, MAX_NATURAL)
+    return to_float32(histogram.quantile(sparsity, mode)), sparsity

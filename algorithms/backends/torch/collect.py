@@ -18,6 +18,7 @@ from nncf.tensor import Tensor
 from torch import nn
 
 from scap_nncf.algorithms.backends.torch import experts
+from scap_nncf.algorithms.backends.torch.examples import with_decoder_inputs
 from scap_nncf.algorithms.backends.torch.layers import input_argument
 from scap_nncf.algorithms.backends.torch.prune import correction
 from scap_nncf.algorithms.backends.torch.prune_experts import ExpertsPruner
@@ -72,6 +73,8 @@ def collect(
     count = 0
     with evaluation(model), recorder.attached(model):
         for index, sample in enumerate(track(samples, total=total, description="Calibrating activations")):
+            recorder.pause()
+            sample = with_decoder_inputs(model, sample, f"sample {index}")
             recorder.begin(f"sample {index}", attention_mask(sample))
             forward_sample(model, sample, f"sample {index}")
             count += 1
@@ -93,7 +96,12 @@ class _Recorder:
         }
         self._current = threading.local()
 
+    def pause(self) -> None:
+        """Record nothing until :meth:`begin`."""
+        self._current.recording = False
+
     def begin(self, sample_name: str, mask: torch.Tensor | None) -> None:
+        self._current.recording = True
         self._current.sample_name = sample_name
         self._current.mask = mask
 
@@ -127,6 +135,8 @@ class _Recorder:
         """Add the rows [S, IC] of fused experts; returns the names of the sites that got any."""
         assert rows.experts is not None
         assert rows.tokens is not None
+        if not self._current.recording:
+            return []
         mask = self._current.mask
         kept = None
         if mask is not None and mask.numel() == rows.total:
@@ -143,7 +153,8 @@ class _Recorder:
 
     def record(self, name: str, x: torch.Tensor) -> None:
         """Add an activation [..., IC] of the current sample to a site's statistic."""
-        self._add(name, _without_padding(x, self._current.mask))
+        if self._current.recording:
+            self._add(name, _without_padding(x, self._current.mask))
 
     def _add(self, name: str, x: torch.Tensor) -> None:
         if x.numel() == 0:  # an expert that no token reached
@@ -228,6 +239,8 @@ def collect_sequential(
     """
     if not samples:
         raise nncf.ValidationError(EMPTY_DATASET)
+    with evaluation(model):
+        samples = [with_decoder_inputs(model, sample, f"sample {index}") for index, sample in enumerate(samples)]
     fused = experts.expert_layers(model)
     # experts of a block are decided together: those that few tokens reached draw on the others
     stop_of = {site.name: expert_pool(site.name) or site.name for site in sites}

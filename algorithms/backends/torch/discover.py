@@ -10,7 +10,7 @@ names what was found.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import nncf
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from scap_nncf.algorithms.backends.torch import experts, function_hooks
+from scap_nncf.algorithms.backends.torch.examples import example_inputs, with_decoder_inputs
 from scap_nncf.algorithms.backends.torch.layers import fc_shape, input_argument, named_fc_layers
 from scap_nncf.algorithms.backends.torch.run import evaluation, forward_sample
 from scap_nncf.algorithms.discovery import FoundLayer, make_report
@@ -31,16 +32,6 @@ class _Seen:
     order: int
     tensors: list[tuple[Any, ...]]  # identify the input tensor of each call
     kept: list[torch.Tensor] = field(default_factory=list)  # alive until the end, so that no address is used twice
-
-
-def example_inputs(model: nn.Module) -> Any:
-    """
-    A sample to watch, where the user gave none: the model's ``dummy_inputs``, else a few token ids.
-    """
-    dummy = getattr(model, "dummy_inputs", None)
-    if isinstance(dummy, dict) and dummy:
-        return dummy
-    return {"input_ids": torch.arange(1, 9).unsqueeze(0)}
 
 
 def inspect_model(
@@ -88,7 +79,9 @@ def inspect_model(
         else:
             tensor = tuple(seen[name].tensors)
             layers.append(FoundLayer(name, kinds[name], *shapes[name], tensor=tensor, is_head=name == head))
-    return make_report(type(model).__name__, layers, selected_roles, ignored_scope, wanted, left_out)
+    report = make_report(type(model).__name__, layers, selected_roles, ignored_scope, wanted, left_out)
+    chosen = {layer.name for site in report.sites for layer in site.layers}
+    return replace(report, notes=tuple(_notes(seen, chosen)))
 
 
 def _watch(model: nn.Module, layers: list[tuple[str, nn.Module]], sample: Any) -> dict[str, _Seen]:
@@ -106,7 +99,7 @@ def _watch(model: nn.Module, layers: list[tuple[str, nn.Module]], sample: Any) -
 
         return hook
 
-    given = sample if sample is not None else example_inputs(model)
+    given = example_inputs(model) if sample is None else with_decoder_inputs(model, sample, "the first sample")
     # first of all hooks: layers of a sparse model read one tensor as well, before each prunes it for itself
     handles = [
         module.register_forward_pre_hook(make_hook(name), prepend=True, with_kwargs=True) for name, module in layers
@@ -118,6 +111,18 @@ def _watch(model: nn.Module, layers: list[tuple[str, nn.Module]], sample: Any) -
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _notes(seen: dict[str, _Seen], chosen: set[str]) -> list[str]:
+    several = {name: len(one.tensors) for name, one in seen.items() if name in chosen and len(set(one.tensors)) > 1}
+    if not several:
+        return []
+    first, calls = next(iter(several.items()))
+    more = f" and {len(several) - 1} more layers" if len(several) > 1 else ""
+    return [
+        f"{first}{more} run several times in a forward pass on different tensors ({calls} calls): one mode and "
+        "threshold, from the inputs of all calls, serve them all."
+    ]
 
 
 def _output_embedding_name(model: nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from scap_nncf.algorithms.allocation.fisher import LEVELS, Costs
 from scap_nncf.algorithms.backends.torch import experts
+from scap_nncf.algorithms.backends.torch.examples import with_decoder_inputs
 from scap_nncf.algorithms.backends.torch.layers import input_argument
 from scap_nncf.algorithms.backends.torch.run import attention_mask, evaluation, forward_sample
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
@@ -41,6 +42,8 @@ def collect_costs(
     :param seed: of the labels drawn from the model.
     :raises nncf.UnsupportedModelError: the output has no logits, or a layer gives no gradient.
     """
+    with evaluation(model):
+        samples = [with_decoder_inputs(model, sample, f"sample {index}") for index, sample in enumerate(samples)]
     layers = [(layer.name, site.name) for site in sites for layer in site.layers]
     boundaries = {
         site.name: torch.tensor([histograms[site.name].quantile(level, modes[site.name]) for level in LEVELS[1:]])

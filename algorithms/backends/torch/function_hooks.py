@@ -76,7 +76,7 @@ def keep(model: nn.Module, keys: dict[str, str]) -> None:
 def _watch(model: nn.Module, scales: dict[str, Any], sample: Any) -> dict[str, str]:
     from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode
 
-    from scap_nncf.algorithms.backends.torch.discover import example_inputs
+    from scap_nncf.algorithms.backends.torch.examples import example_inputs
 
     found: dict[str, str] = {}
 
