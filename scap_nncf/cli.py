@@ -23,7 +23,7 @@ import typer
 
 import scap_nncf
 from scap_nncf.algorithms import processes
-from scap_nncf.cli_evaluate import evaluate
+from scap_nncf.cli_evaluate import evaluate, report
 from scap_nncf.cli_export import CONTEXT_SETTINGS, apply_recipe, export
 from scap_nncf.cli_options import (
     CALIBRATION,
@@ -361,6 +361,7 @@ def demo(
 
 app.command(name="export", context_settings=CONTEXT_SETTINGS, add_help_option=False)(export)
 app.command(name="evaluate")(evaluate)
+app.command(name="report")(report)
 
 
 def _calibration_texts(calibration: str, field: str) -> Sequence[str]:

@@ -136,6 +136,41 @@ def evaluate(
             out.result(result.to_json(), f"{result}{saved}")
 
 
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder with a plan, an evaluation, a search or a bench.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", rich_help_panel=OUTPUT, help="The HTML file.")
+    ] = Path("report.html"),
+    plots: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Also write the pictures as files there."),
+    ] = None,
+    plot_format: Annotated[str, typer.Option(metavar="KIND", rich_help_panel=OUTPUT, help="png or svg.")] = "png",
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="Default: the model's name.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """
+    Write one HTML page about a run, which needs no network to be read.
+
+    RUN holds any of plan.json (with statistics.safetensors), evaluation_results.json, search.json and the JSON of
+    scap-nncf bench decode, or folders with these.
+    """
+    with work(as_json) as out:
+        from scap_nncf.progress import progress_bar
+        from scap_nncf.report import read_run, save_plots, write_report
+
+        found = read_run(run)
+        with progress_bar("Drawing") as advance:
+            written = write_report(found, output, title, advance)
+        files = save_plots(found, plots, plot_format) if plots is not None else []
+        pictures = f"\n{len(files)} pictures in {plots}" if files else ""
+        out.result(
+            {"report": str(written), "read": found.files, "plots": [str(file) for file in files]},
+            f"{written} ({written.stat().st_size / 1e6:.1f} MB), from {', '.join(found.files)}{pictures}",
+        )
+
+
 def _plans(given: list[str]) -> dict[str, str]:
     plans: dict[str, str] = {}
     for text in given:
