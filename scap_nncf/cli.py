@@ -100,7 +100,8 @@ def inspect(
         report = scap_nncf.inspect_model(loaded, roles=split_list(roles), ignored_scope=ignored_scope(ignore))
         layers = [layer for site in report.sites for layer in site.layers]
         weights = sum(layer.in_features * layer.out_features for layer in layers)
-        total = sum(parameter.numel() for parameter in loaded.parameters())
+        # an OpenVINO model has constants, of which some are no parameters
+        total = sum(parameter.numel() for parameter in loaded.parameters()) if hasattr(loaded, "parameters") else None
         result = {
             "model": model,
             "parameters": total,
@@ -111,7 +112,7 @@ def inspect(
         out.result(
             result,
             f"{report}\n{len(layers)} layers at {len(report.sites)} sites hold {weights / 1e6:.1f} M "
-            f"of {total / 1e6:.1f} M parameters.",
+            f"{'' if total is None else f'of {total / 1e6:.1f} M '}parameters.",
         )
 
 
@@ -325,6 +326,8 @@ def generate(
         result = {"model": model, "plan": None if plan is None else str(plan), "prompt": prompt, **asdict(made)}
         result["tokens_per_second"] = made.tokens_per_second
         sparse = "dense" if made.realised_sparsity is None else f"realised sparsity {made.realised_sparsity:.1%}"
+        if made.realised_sparsity is None and scap_nncf.get_controller(loaded) is not None:
+            sparse = "pruned"  # an OpenVINO model, which does not count while it runs
         out.result(result, f"{made.text}\n\n{made.tokens} tokens, {made.tokens_per_second:.1f} tokens/s, {sparse}")
 
 

@@ -21,7 +21,7 @@ class Generation:
     :param tokens: new tokens.
     :param seconds: wall-clock time from the prompt to the last token.
     :param realised_sparsity: share of pruned inputs over prompt and new tokens, weighted by weights; None if the model
-        is dense.
+        is dense, or an OpenVINO model, which does not count while it runs.
     """
 
     text: str

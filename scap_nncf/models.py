@@ -60,13 +60,14 @@ def load_model(
     Loads a causal language model and its tokenizer.
 
     :param ref: a local folder made by `save_pretrained` (of transformers, or of this package for a compressed model),
-        a `.gguf` file (or a folder with one and no config.json), a hub id such as `org/name`, or `demo` (see
-        `demo_model`).
+        a folder with an OpenVINO model, a `.gguf` file (or a folder with one and no config.json), a hub id such as
+        `org/name`, or `demo` (see `demo_model`).
     :param dtype: of the weights: a torch dtype or its name; None for the checkpoint's own (float32 for a GGUF file,
         whose dequantised values it holds exactly).
     :param device: None for a CUDA device where there is one, else the CPU.
     :param trust_remote_code: run the model code that comes with a checkpoint. Off, as in transformers.
-    :return: (transformers model in eval mode, tokenizer).
+    :return: (transformers model in eval mode, tokenizer); for an OpenVINO model the `OVModelForCausalLM`, which runs in
+        float32 throughout if that is the dtype, else as the plugin likes.
     :raises nncf.ValidationError: if nothing is found under `ref`, it cannot be read, or dtype or device is not known.
     :raises nncf.UnsupportedModelError: if it is no causal language model.
     """
@@ -77,6 +78,8 @@ def load_model(
     path = Path(ref).expanduser()
     if (path / "checkpoint.json").is_file():
         return _from_checkpoint(path, dtype, device)
+    if (path / "openvino_model.xml").is_file():
+        return _from_openvino(path, dtype)
     if path.is_dir() and not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) != 1:
@@ -270,6 +273,15 @@ def _from_checkpoint(path: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
 
 def _from_folder(path: Path, dtype: Any, device: Any, trust_remote_code: bool) -> tuple[Any, Any]:
     return _load(str(path), dtype, device, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def _from_openvino(path: Path, dtype: Any) -> tuple[Any, Any]:
+    require("optimum.intel", "optimum", "loading an OpenVINO model")
+    from scap_nncf.optimum import from_pretrained, tokenizer_of
+
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
+    model = from_pretrained(path, task="text-generation", ov_config=exact if str(dtype) == "torch.float32" else {})
+    return model, tokenizer_of(path)
 
 
 def _from_hub(repository: str, dtype: Any, device: Any, trust_remote_code: bool) -> tuple[Any, Any]:

@@ -118,7 +118,7 @@ def from_pretrained(
         attach_statistics(model, ref)
     if algorithm is not None or plan is not None:
         if plan is None and tokenizer is None and _holds_texts(dataset):
-            tokenizer = _tokenizer(ref)
+            tokenizer = tokenizer_of(ref)
         model = compress(
             model, algorithm if algorithm is not None else "scap", dataset=dataset, plan=plan, tokenizer=tokenizer
         )
@@ -239,7 +239,7 @@ def export(
         given.task = task
 
     def data(_folder: Path, _task: str) -> tuple[Any, Any]:
-        return dataset, _tokenizer(_folder) if _holds_texts(dataset) else None
+        return dataset, tokenizer_of(_folder) if _holds_texts(dataset) else None
 
     return export_arguments(given, Scap() if algorithm is None else algorithm, data, plan, overwrite)
 
@@ -382,8 +382,10 @@ def _holds_texts(dataset: Any) -> bool:
     return isinstance(first, str) or (isinstance(first, dict) and isinstance(first.get("text"), str))
 
 
-def _tokenizer(ref: str | os.PathLike[str]) -> Any:
+def tokenizer_of(ref: str | os.PathLike[str]) -> Any:
     """
+    The tokenizer of a model.
+
     :raises nncf.ValidationError: there is none.
     """
     transformers = require("transformers", "optimum", _PURPOSE)
@@ -415,7 +417,7 @@ def text_samples(folder: Path, texts: Sequence[str], length: int, samples: int, 
     """Token batches for an exported model; no longer than its tokenizer allows."""
     from scap_nncf.text import token_batches
 
-    tokenizer = _tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     limit = getattr(tokenizer, "model_max_length", None) or length
     return token_batches(tokenizer, texts, min(length, limit), None, seed)[:samples]
 

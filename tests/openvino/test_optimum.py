@@ -170,8 +170,13 @@ def test_data_aware_quantisation_of_optimum(tiny_model_dir: str, exported: Calla
 
 @pytest.mark.parametrize(
     "step",
-    [WeightCompression("nf4", group_size=8), WeightCompression("int4_asym", group_size=8, gptq=True), Quantization()],
-    ids=lambda step: type(step).__name__ + str(getattr(step, "gptq", None)),
+    [
+        WeightCompression("nf4", group_size=8),
+        WeightCompression("int4_asym", group_size=8, gptq=True),
+        WeightCompression("int4_asym", group_size=8, lora_correction=True),
+        Quantization(),
+    ],
+    ids=["nf4", "gptq", "lora", "w8a8"],
 )
 def test_recipe_on_a_model_object(step: Any, exported: Callable[[str], Path], tmp_path: Path) -> None:
     model = pipelines.from_pretrained(
@@ -393,3 +398,21 @@ def test_bad_input_in_python(tiny_model_dir: str, tiny_llama: Any, tmp_path: Pat
     tiny_llama.save_pretrained(tmp_path / "bare")
     with pytest.raises(nncf.ValidationError, match="tokenizer"):
         pipelines.from_pretrained(tmp_path / "bare", algorithm=Scap(), dataset=TEXTS)
+
+
+def test_the_other_commands_take_an_ir(
+    exported: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scap_nncf.cli import main
+
+    def run(*words: str) -> str:
+        code = main(list(words))
+        text = capsys.readouterr()
+        assert code == 0, text.err
+        return text.out
+
+    ir, plan = str(exported("llama")), str(tmp_path / "plan")
+    assert "14 layers at 8 sites" in run("inspect", ir)
+    assert "40.0 %" in run("compress", ir, "--sparsity", "0.4", "--output", plan, *FAST)
+    assert "pruned" in run("generate", ir, "--plan", plan, "--prompt", "one", "--max-new-tokens", "3")
+    assert "dense" in run("generate", ir, "--prompt", "one", "--max-new-tokens", "3")
