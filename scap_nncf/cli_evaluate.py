@@ -192,4 +192,4 @@ def _load(model: str, dtype: str, device: str, trust_remote_code: bool) -> tuple
         return load_model(model, dtype, device, trust_remote_code)
     from scap_nncf import optimum
 
-    return optimum.from_pretrained(model, compile=True), optimum._tokenizer(Path(model).expanduser())
+    return optimum.from_pretrained(model, compile=True), optimum.tokenizer_of(Path(model).expanduser())
