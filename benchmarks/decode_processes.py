@@ -91,7 +91,7 @@ def build(shape: str, bits: int | None, sparsity: Any, dtype: Any, where: Any) -
 
     from scap_nncf import bench_decode, bench_lowbit, get_controller
     from scap_nncf.compress import compress
-    from scap_nncf.deploy import deploy
+    from scap_nncf.deployment import deploy
 
     model = bench_decode.random_model(shape, dtype, where)
     deploying, share = 0, 0.0

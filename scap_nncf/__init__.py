@@ -26,6 +26,8 @@ register()
 
 # Functions whose modules need an optional dependency, or are rarely needed: imported at first use.
 _LAZY = {
+    "deploy": "scap_nncf.deployment",
+    "drift": "scap_nncf.deployment",
     "evaluate": "scap_nncf.evaluation",
     "export_openvino": "scap_nncf.export",
     "load_openvino": "scap_nncf.openvino_io",
@@ -33,6 +35,7 @@ _LAZY = {
     "measure_sparsity": "scap_nncf.openvino_io",
     "save_openvino": "scap_nncf.openvino_io",
     "save_pretrained": "scap_nncf.checkpoint",
+    "undeploy": "scap_nncf.deployment",
 }
 
 
@@ -55,6 +58,8 @@ __all__ = [
     "__version__",
     "calibrate",
     "compress",
+    "deploy",
+    "drift",
     "evaluate",
     "export_openvino",
     "get_controller",
@@ -68,4 +73,5 @@ __all__ = [
     "save_openvino",
     "save_pretrained",
     "single_process",
+    "undeploy",
 ]

@@ -348,7 +348,7 @@ def _models(
 ) -> tuple[dict[str, nn.Module], dict[str, Plan]]:
     from scap_nncf import bench_lowbit
     from scap_nncf.compress import compress
-    from scap_nncf.deploy import deploy
+    from scap_nncf.deployment import deploy
 
     def build() -> nn.Module:
         if isinstance(model, nn.Module):
@@ -398,7 +398,7 @@ def _running_peak(model: nn.Module, where: torch.device) -> int:
 
 def _count_realised(model: nn.Module, batch: int, prompt: int, tokens: int = 32) -> float:
     """Realised sparsity of decoding steps of a deployed model."""
-    from scap_nncf.deploy import deployment_of, drift
+    from scap_nncf.deployment import deployment_of, drift
 
     deployment = deployment_of(model)
     decoder = Decoder(model, batch, prompt, tokens)
@@ -420,7 +420,7 @@ def _pruned_share(model: nn.Module, plan: Plan) -> float:
 def _time_prefill(models: Mapping[str, nn.Module], length: int, rounds: int, where: torch.device) -> list[PrefillRow]:
     from transformers import StaticCache
 
-    from scap_nncf.deploy import deployment_of, is_deployed
+    from scap_nncf.deployment import deployment_of, is_deployed
 
     vocabulary = next(iter(models.values())).config.vocab_size  # type: ignore[union-attr]
     ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(3)).to(where)

@@ -14,7 +14,7 @@ from tiny_models import build_tiny_model, make_batches
 from torch import nn
 
 import scap_nncf
-from scap_nncf.deploy import deploy, deployment_of, drift, is_deployed, undeploy
+from scap_nncf.deployment import deploy, deployment_of, drift, is_deployed, undeploy
 from scap_nncf.kernels import gated
 from scap_nncf.kernels.modules import DeployedGlu, DeployedLinear
 
@@ -480,7 +480,7 @@ def test_weights_of_torchao_are_read_where_they_are(bits: int, messages: list[st
 def test_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    module = sys.modules["scap_nncf.deploy"]
+    module = sys.modules["scap_nncf.deployment"]
     model = sparse_model("llama")
     batch = fresh_batch()
     expected = logits(model, batch)
@@ -501,6 +501,10 @@ def test_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_public_names_are_those_of_the_module() -> None:
+    assert (scap_nncf.deploy, scap_nncf.undeploy, scap_nncf.drift) == (deploy, undeploy, drift)
 
 
 def test_bad_input() -> None:

@@ -59,7 +59,7 @@ def launch_gated_up(
     """
     One launch; nothing is checked here.
 
-    :param gate: [M, N] contiguous, 1 <= M <= 4.
+    :param gate: [M, N] contiguous, 1 <= M <= 4 (which of these are worth it: ``dispatch``).
     :param x: [M, K] contiguous.
     :param weight: [N, K], stride(1) == 1.
     :param bias: [N] contiguous or None.

@@ -15,7 +15,7 @@ from torch import nn
 
 import scap_nncf
 from scap_nncf import Cats
-from scap_nncf.deploy import deploy, deployment_of, undeploy
+from scap_nncf.deployment import deploy, deployment_of, undeploy
 
 Factory = Callable[..., Any]
 ACTIVATIONS = {"llama": nn.functional.silu, "gemma3": lambda x: nn.functional.gelu(x, approximate="tanh")}

@@ -323,7 +323,7 @@ def test_patterns(tiny_model: Factory, batches: Factory) -> None:
 
 
 def test_deployed_experts_stay_simulated(tiny_model: Factory, batches: Factory) -> None:
-    from scap_nncf.deploy import deploy, undeploy
+    from scap_nncf.deployment import deploy, undeploy
 
     model, sample = tiny_model("mixtral"), batches(1)[0]
     nncf.compress(model, dataset=[sample], sparsity=0.5, mode="mean")

@@ -16,7 +16,7 @@ import scap_nncf
 from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.backends.torch.weights import dense_weight, project
 from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan
-from scap_nncf.deploy import deploy, deployment_of
+from scap_nncf.deployment import deploy, deployment_of
 from scap_nncf.kernels.reference import mitigated_fc
 
 IC, OC = 32, 9
