@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import nncf
+import numpy as np
 
 #: Tokens kept of each text, as in the paper's calibration (section 4 uses 256); longer texts are truncated.
 DEFAULT_TEXT_LENGTH = 256
@@ -127,3 +130,70 @@ class Samples:
             msg = f"The tokenizer makes no tokens of the text {text[:40]!r}; leave empty texts out of the dataset."
             raise nncf.ValidationError(msg)
         return dict(encoded)
+
+
+class Kept:
+    """
+    Passes samples on and keeps a few of them, chosen by their content: which ones does not depend on the order, and a
+    stream of any length stays a stream.
+
+    :param samples: an iterable of prepared samples.
+    :param count: how many to keep; those with the smallest :func:`fingerprint`.
+    """
+
+    def __init__(self, samples: Any, count: int) -> None:
+        self._samples = samples
+        self._count = count
+        self.total: int | None = getattr(samples, "total", None)
+        self._heap: list[tuple[int, int, Any]] = []  # (−fingerprint, tie breaker, sample): the largest first
+
+    def first(self) -> Any:
+        """The first sample; it is still part of the iteration."""
+        return self._samples.first()
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, sample in enumerate(self._samples):
+            entry = (-fingerprint(sample), index, sample)
+            if len(self._heap) < self._count:
+                heapq.heappush(self._heap, entry)
+            elif entry[0] > self._heap[0][0]:
+                heapq.heapreplace(self._heap, entry)
+            yield sample
+
+    def kept(self) -> list[Any]:
+        """The kept samples, by fingerprint."""
+        return [sample for _, _, sample in sorted(self._heap, key=lambda entry: -entry[0])]
+
+
+def fingerprint(sample: Any) -> int:
+    """
+    A number in [0, 2^63) that depends on the content of a sample alone, not on how it is wrapped: its token ids where
+    it is a mapping that has them, its first item where it is a tuple, else all of it.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(sample, Mapping) and "input_ids" in sample:
+        sample = sample["input_ids"]
+    elif isinstance(sample, (tuple, list)) and sample:
+        sample = sample[0]
+    _feed(digest, sample)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if hasattr(value, "detach"):  # a torch tensor; bfloat16 has no numpy type
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy()
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            digest.update(str(key).encode())
+            _feed(digest, value[key])
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _feed(digest, item)
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind in "iu":
+            value = value.astype(np.int64)
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    else:
+        digest.update(repr(value).encode())

@@ -96,6 +96,11 @@ class LayerPlan:
         return self.pattern is not None or self.threshold >= 0
 
     @property
+    def is_folded(self) -> bool:
+        """What there is besides threshold and mode can be folded into a bias: nothing, or a vector that is added."""
+        return replace(self, vectors=tuple(kind for kind in self.vectors if kind != "bias")).is_plain
+
+    @property
     def is_plain(self) -> bool:
         """A threshold and the site's mode are all there is."""
         return self.pattern is None and self.token_shift is None and not self.variance and not self.vectors
@@ -176,6 +181,18 @@ class Plan:
     def vector_bytes(self) -> bytes:
         """The vectors as safetensors; equal vectors give equal bytes."""
         return save_tensors({f"{name}/{kind}": value for (name, kind), value in sorted(self.vectors.items())})
+
+    def with_vector_bytes(self, content: bytes, source: str) -> Plan:
+        """
+        The same plan with the vectors that its layers name, from :meth:`vector_bytes`.
+
+        :param source: how to name the content in an error.
+        :raises nncf.ValidationError: the content is damaged, or does not fit.
+        """
+        plan = replace(self, vectors=_parse_vectors(content, source))._checked(source)
+        for layer in plan.layers:
+            plan.vectors_of(layer)
+        return plan
 
     def _checked(self, source: str) -> Plan:
         """
@@ -552,10 +569,14 @@ def _read_vectors(file: Path, data: Mapping[str, Any]) -> dict[tuple[str, str], 
     if content is None:
         msg = f"{path} is damaged or belongs to another plan than {file}: its SHA-256 differs from the one noted there."
         raise nncf.ValidationError(msg)
+    return _parse_vectors(content, str(path))
+
+
+def _parse_vectors(content: bytes, source: str) -> dict[tuple[str, str], Vector]:
     try:
         tensors = load_tensors(content)
     except (SafetensorError, ValueError, KeyError) as error:
-        msg = f"{path} is damaged: {error!r}."
+        msg = f"{source} is damaged: {error!r}."
         raise nncf.ValidationError(msg) from error
     found = {}
     for key, value in tensors.items():

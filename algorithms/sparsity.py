@@ -54,6 +54,17 @@ def parse(spec: SparsitySpec) -> dict[str, Target]:
     return {"all": Target(check_sparsity(spec))}
 
 
+def is_one_number(spec: SparsitySpec) -> bool:
+    """Whether the specification is one number for all layers, which leaves open how it is spread over them."""
+    if isinstance(spec, str):
+        try:
+            float(spec)
+        except ValueError:
+            return False
+        return True
+    return not isinstance(spec, Mapping)
+
+
 def check_sparsity(value: object, where: str = "sparsity") -> float:
     """
     :raises nncf.ValidationError: `value` is not a number in [0, 1).

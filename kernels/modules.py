@@ -36,6 +36,7 @@ class Part:
     :param out_features: its outputs.
     :param threshold: τ; negative keeps every input.
     :param sparsity: expected share of dropped inputs, a hint for the choice of tiles.
+    :param output_bias: added to the outputs of pruned tokens [out_features], or None.
     """
 
     name: str
@@ -43,15 +44,16 @@ class Part:
     out_features: int
     threshold: float
     sparsity: float
+    output_bias: torch.Tensor | None = None
 
 
 class Projection(nn.Module):
     """
     FC layers that read the same tensor, run as one.
 
-    ``y = kept(x − η) @ W + (b + η·colsum(W))``, each layer with its own threshold (SCAP paper, sections 2 and 3.3);
-    tokens that the policy does not prune get ``x @ W + b``. With an `activation` the outputs are the halves gate | up
-    of a gated feed-forward and the result is ``activation(gate) * up``.
+    ``y = kept(x − η) @ W + (b + η·colsum(W) + r)``, each layer with its own threshold and vector r (SCAP paper,
+    sections 2 and 3.3); tokens that the policy does not prune get ``x @ W + b``. With an `activation` the outputs are
+    the halves gate | up of a gated feed-forward and the result is ``activation(gate) * up``.
 
     :param parts: the layers in the order of their outputs.
     :param mode: η, one for all.
@@ -63,6 +65,7 @@ class Projection(nn.Module):
 
     bias: torch.Tensor | None
     fused_bias: torch.Tensor | None
+    output_bias: torch.Tensor | None
     zeros: torch.Tensor | None
     total: torch.Tensor | None
 
@@ -88,6 +91,7 @@ class Projection(nn.Module):
         self.sparsity = sum(part.sparsity * part.out_features for part in self.parts) / self.out_features
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("fused_bias", None, persistent=False)
+        self.register_buffer("output_bias", _joined_output_bias(self.parts), persistent=False)
         self.register_buffer("zeros", None, persistent=False)
         self.register_buffer("total", None, persistent=False)
 
@@ -119,7 +123,16 @@ class Projection(nn.Module):
         return reference.activate(gate, self.activation) * up
 
     def refresh_bias(self) -> None:
-        """Compute the fused bias ``b + η·colsum(W)`` [N] anew."""
+        """Compute the fused bias ``b + η·colsum(W) + r`` [N] anew."""
+        raise NotImplementedError
+
+    def _with_output_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if self.output_bias is None:
+            return bias
+        own = self.output_bias = self.output_bias.to(self._weights_device())
+        return own if bias is None else (bias.double() + own.double()).to(bias.dtype)
+
+    def _weights_device(self) -> torch.device:
         raise NotImplementedError
 
     def reload(self) -> None:
@@ -209,6 +222,18 @@ def joined_bias(modules: Sequence[nn.Module], widths: Sequence[int], dtype: torc
     return torch.cat(parts)
 
 
+def _joined_output_bias(parts: Sequence[Part]) -> torch.Tensor | None:
+    """The vectors of parts side by side, float32 [N], zeros for a part without; None where none has one."""
+    if all(part.output_bias is None for part in parts):
+        return None
+    return torch.cat(
+        [
+            torch.zeros(part.out_features) if part.output_bias is None else part.output_bias.float().cpu()
+            for part in parts
+        ]
+    )
+
+
 class FloatProjection(Projection):
     """
     A projection over floating-point weights, one contiguous copy ``weight`` [K, N].
@@ -274,10 +299,13 @@ class FloatProjection(Projection):
                 part.module.weight.data = part.module.weight.data.contiguous()
 
     def refresh_bias(self) -> None:
-        self.fused_bias = reference.fuse_bias(self.weight.detach(), self.bias, self.mode)
+        self.fused_bias = self._with_output_bias(reference.fuse_bias(self.weight.detach(), self.bias, self.mode))
 
     def _dtype(self) -> torch.dtype:
         return self.weight.dtype
+
+    def _weights_device(self) -> torch.device:
+        return self.weight.device
 
     def _dense(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.t(), self.bias)
@@ -324,6 +352,9 @@ class PackedProjection(Projection):
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
+    def _weights_device(self) -> torch.device:
+        return self.packed.device
+
     def _weight(self) -> QuantWeight:
         kind = {8: Int8Weight, 4: Int4Weight}[self.bits]
         return kind(self.packed, self.scale, self.zero, self.weight_dtype)
@@ -338,6 +369,7 @@ class PackedProjection(Projection):
                 sums = self.input_scale.double() @ weight.dequantize(torch.float64)
             bias = 0.0 if self.bias is None else self.bias.double()
             self.fused_bias = (self.mode * sums + bias).float()
+        self.fused_bias = self._with_output_bias(self.fused_bias)
 
     def check_loadable(self) -> None:
         msg = "The packed weights of a deployed model cannot be replaced; undeploy it, load them, and deploy again."

@@ -17,6 +17,7 @@ from scap_nncf.algorithms.nm import Nm
 from scap_nncf.algorithms.plan import Plan
 from scap_nncf.algorithms.processes import single_process
 from scap_nncf.algorithms.quantization import Quantization, WeightCompression
+from scap_nncf.algorithms.refine import Refine
 from scap_nncf.algorithms.scap import CalibrationStatistics, Scap, get_controller, make_plan
 from scap_nncf.algorithms.scap.journal import resumable
 from scap_nncf.compress import calibrate, compress, inspect_model, register
@@ -53,6 +54,7 @@ __all__ = [
     "Nm",
     "Plan",
     "Quantization",
+    "Refine",
     "Scap",
     "WeightCompression",
     "__version__",

@@ -351,7 +351,7 @@ def _replace_layers(deployment: Deployment, plan: Plan) -> None:
         for name, reason in reasons.items()
         if reason is not None
     ]
-    layers = _Layers(deployment, weights)
+    layers = _Layers(deployment, plan, weights)
     standins: dict[str, nn.Module] = {}
     gated_parents: list[tuple[str, gated.GatedFeedForward, Projection]] = []
     for site in _with_dense_layers(model, plan, weights):
@@ -420,7 +420,7 @@ def _replace_gated(deployment: Deployment, plan: Plan) -> None:
 
 def _simulated_only(layer: LayerPlan) -> str | None:
     """What of a layer's plan no kernel computes, or None."""
-    if layer.is_plain:
+    if layer.is_folded:
         return None
     if layer.pattern is not None:
         return "no kernel selects N:M patterns"
@@ -501,6 +501,7 @@ class _Layers:
     """Groups layers that can share a launch, and makes their projections."""
 
     deployment: Deployment
+    plan: Plan
     weights: dict[str, QuantWeight]  # of compressed layers, until their projection is made
 
     def project(self, site: SitePlan, layers: Sequence[LayerPlan], activation: str | None) -> Projection:
@@ -514,6 +515,7 @@ class _Layers:
                 self.weights[layer.name].out_features if layer.name in self.weights else layer.out_features,
                 layer.threshold,
                 layer.sparsity if layer.threshold >= 0 else 0.0,
+                self._output_bias(layer),
             )
             for layer in layers
         ]
@@ -535,6 +537,11 @@ class _Layers:
         deployment.projections.append(projection)
         _free_cached_memory(model)
         return projection
+
+    def _output_bias(self, layer: LayerPlan) -> torch.Tensor | None:
+        """The vector that the plan adds to a layer's output, or None."""
+        vector = self.plan.vectors_of(layer).get("bias")
+        return None if vector is None else torch.from_numpy(vector.copy())
 
     def groups(self, site: SitePlan, layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
         """Layers of a site that can share a launch."""

@@ -3,8 +3,16 @@
 Allocation: from one budget for the model to one sparsity a layer.
 
 An allocation gets the targets as the user wrote them and returns others with the same total, ``Σ weights · sparsity``
-over the targeted layers. ``uniform`` changes nothing (the paper's way); ``profile`` follows a constant table of roles;
-``fisher`` spends the budget where it costs the least loss (:mod:`scap_nncf.algorithms.allocation.fisher`).
+over the layers that one part of the specification names: for ``0.5`` over all layers, for ``{"attn": 0.4, "down":
+0.6}`` over the layers of each selector by itself.
+
+===========  ==========================================================================================================
+``uniform``  gives each layer what was asked (the paper's way)
+``profile``  follows a constant table of roles (:mod:`.profile`)
+``fisher``   spends the budget where it costs the least loss (:mod:`.fisher`)
+``auto``     the default: takes a mapping or the paper's grammar literally (``uniform``); one number is spread by
+             ``fisher`` where prices could be measured, else by ``profile`` on gated feed-forwards, else ``uniform``
+===========  ==========================================================================================================
 """
 
 from __future__ import annotations
@@ -13,14 +21,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import nncf
+from nncf.common.logging import nncf_logger
 
 from scap_nncf.algorithms.allocation.fisher import Costs
 from scap_nncf.algorithms.allocation.fisher import allocate as allocate_by_cost
 from scap_nncf.algorithms.allocation.profile import allocate as allocate_by_profile
-from scap_nncf.algorithms.sites import Site
-from scap_nncf.algorithms.sparsity import Target
+from scap_nncf.algorithms.sites import Layer, Site
+from scap_nncf.algorithms.sparsity import SparsitySpec, Target, is_one_number
 
-ALLOCATIONS = ("uniform", "profile", "fisher")
+ALLOCATIONS = ("auto", "uniform", "profile", "fisher")
 
 
 def check_allocation(value: str) -> str:
@@ -33,29 +42,57 @@ def check_allocation(value: str) -> str:
     return value
 
 
+def wants_prices(method: str, sparsity: SparsitySpec) -> bool:
+    """Whether prices of sparsity are worth measuring for this allocation of this specification."""
+    return method == "fisher" or (method == "auto" and is_one_number(sparsity))
+
+
+def choose(method: str, sparsity: SparsitySpec, sites: Sequence[Site], costs: Costs | None) -> str:
+    """What ``auto`` comes to; any other method is itself."""
+    if check_allocation(method) != "auto":
+        return method
+    if not is_one_number(sparsity):
+        return "uniform"
+    if costs is not None:
+        return "fisher"
+    # the table was measured on gated feed-forwards; elsewhere nothing is known
+    roles = {layer.role for site in sites for layer in site.layers}
+    chosen = "profile" if roles & {"gate", "gate_up"} else "uniform"
+    nncf_logger.info(f"No prices of sparsity were measured, so allocation='auto' is {chosen!r}.")
+    return chosen
+
+
 def allocate(
     method: str, targets: Mapping[str, Target], sites: Sequence[Site], costs: Costs | None
 ) -> dict[str, Target]:
     """
     Targets of the same total, spread over the layers.
 
-    :param targets: layer name → target.
+    :param method: one of ALLOCATIONS but ``auto``, see :func:`choose`.
+    :param targets: layer name → target; layers of one selector share a budget.
     :param costs: loss of each layer at each sparsity, for ``fisher``.
     :raises nncf.ValidationError: unknown method, or ``fisher`` without costs.
     """
     if check_allocation(method) == "uniform":
         return dict(targets)
-    layers = [layer for site in sites for layer in site.layers if layer.name in targets]
-    weights = {layer.name: layer.weights for layer in layers}
-    budget = sum(weights[name] * target.sparsity for name, target in targets.items())
-    if method == "profile":
-        values = allocate_by_profile({layer.name: layer.role for layer in layers}, weights, budget)
-    else:
-        if costs is None:
-            msg = (
-                "allocation='fisher' needs the loss of each layer, which these statistics do not hold; calibrate with "
-                "allocation='fisher', or use 'profile' or 'uniform'."
-            )
-            raise nncf.ValidationError(msg)
-        values = allocate_by_cost(costs, weights, budget)
+    if method == "fisher" and costs is None:
+        msg = (
+            "allocation='fisher' needs the loss of each layer, which these statistics do not hold; calibrate with "
+            "allocation='fisher', or use 'profile' or 'uniform'."
+        )
+        raise nncf.ValidationError(msg)
+    groups: dict[str, list[Layer]] = {}
+    for site in sites:
+        for layer in site.layers:
+            if layer.name in targets:
+                groups.setdefault(targets[layer.name].selector, []).append(layer)
+    values: dict[str, float] = {}
+    for layers in groups.values():
+        weights = {layer.name: layer.weights for layer in layers}
+        budget = sum(weights[name] * targets[name].sparsity for name in weights)
+        if method == "profile":
+            values |= allocate_by_profile({layer.name: layer.role for layer in layers}, weights, budget)
+        else:
+            assert costs is not None
+            values |= allocate_by_cost(costs, weights, budget)
     return {name: replace(target, sparsity=values[name]) for name, target in targets.items()}

@@ -28,33 +28,45 @@ LEVELS: tuple[float, ...] = (*(round(0.05 * step, 2) for step in range(20)), 0.9
 MAX_SPARSITY = 0.97
 
 
+#: Sums of squares are kept on this grid. Multiples of 2^-24 below 2^29 add in float64 without rounding, so that samples
+#: and processes may come in any order and give the same plan bit for bit, as the histograms do.
+_GRID = 2.0**24
+
+
+def on_grid(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values rounded so that sums of them do not depend on the order."""
+    return np.round(values * _GRID) / _GRID
+
+
 @dataclass(frozen=True)
 class Costs:
     """
-    :param prices: layer name → float64 [len(LEVELS)], F at each level; F at sparsity 0 is 0.
-    :param tokens: number of tokens behind the means.
+    :param sums: layer name → float64 [len(LEVELS)], Σ over tokens of F at each level; F at sparsity 0 is 0.
+    :param tokens: number of tokens behind the sums.
     """
 
-    prices: Mapping[str, NDArray[np.float64]]
+    sums: Mapping[str, NDArray[np.float64]]
     tokens: int
 
     def __post_init__(self) -> None:
-        for name, values in self.prices.items():
+        for name, values in self.sums.items():
             if values.shape != (len(LEVELS),) or not np.isfinite(values).all():
                 msg = f"The prices of {name} are not {len(LEVELS)} finite numbers."
                 raise nncf.ValidationError(msg)
 
+    @property
+    def prices(self) -> dict[str, NDArray[np.float64]]:
+        """Layer name → F at each level, a mean over tokens."""
+        return {name: values / max(self.tokens, 1) for name, values in self.sums.items()}
+
     def merge(self, other: Costs) -> Costs:
-        """Means over the tokens of both."""
-        total = self.tokens + other.tokens
-        if self.prices.keys() != other.prices.keys():
+        """The costs over the tokens of both."""
+        if self.sums.keys() != other.sums.keys():
             msg = "Costs of different layers cannot be merged."
             raise nncf.ValidationError(msg)
-        prices = {
-            name: (values * self.tokens + other.prices[name] * other.tokens) / max(total, 1)
-            for name, values in self.prices.items()
-        }
-        return Costs(prices, total)
+        return Costs(
+            {name: values + other.sums[name] for name, values in self.sums.items()}, self.tokens + other.tokens
+        )
 
 
 def allocate(costs: Costs, weights: Mapping[str, int], budget: float) -> dict[str, float]:
@@ -65,7 +77,8 @@ def allocate(costs: Costs, weights: Mapping[str, int], budget: float) -> dict[st
     :param budget: Σ weights · sparsity to reach.
     :raises nncf.ValidationError: a layer has no price, or the budget is above what all layers can give.
     """
-    missing = [name for name in weights if name not in costs.prices]
+    prices = costs.prices
+    missing = [name for name in weights if name not in prices]
     if missing:
         msg = (
             f"No price was measured for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; calibrate again."
@@ -81,7 +94,7 @@ def allocate(costs: Costs, weights: Mapping[str, int], budget: float) -> dict[st
     segments = [
         (price / weights[name], name, start, end)
         for name in weights
-        for price, start, end in _hull_segments(costs.prices[name])
+        for price, start, end in _hull_segments(prices[name])
     ]
     # ties and layers are taken in a fixed order, so that equal costs give equal plans
     segments.sort(key=lambda segment: (segment[0], segment[1], segment[2]))

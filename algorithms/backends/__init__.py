@@ -20,14 +20,18 @@ from scap_nncf.algorithms.sites import ModelReport, Site
 
 if TYPE_CHECKING:  # the algorithms import this package
     import numpy as np
+    from numpy.typing import NDArray
 
     from scap_nncf.algorithms.allocation.fisher import Costs
     from scap_nncf.algorithms.mitigation.config import Mitigation
+    from scap_nncf.algorithms.refine import Refine, RefineReport
     from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 
 
 class Backend(Protocol):
     """What a backend package provides as module-level functions."""
+
+    GRADIENTS: bool
 
     def inspect_model(
         self,
@@ -67,8 +71,14 @@ class Backend(Protocol):
         modes: Mapping[str, float],
         samples: Sequence[Any],
         seed: int = 0,
+        checkpointing: bool = False,
     ) -> Costs:
         """Price of sparsity in each layer, where the backend has gradients."""
+
+    def train_biases(
+        self, model: Any, samples: Sequence[Any], settings: Refine
+    ) -> tuple[dict[str, NDArray[np.float32]], RefineReport]:
+        """Vectors for the outputs of the pruned layers of a sparse model, where the backend has gradients."""
 
     def histograms_of(self, points: StatisticPointsContainer) -> dict[str, ActivationHistogram]:
         """What `collect` gathered, by site name."""

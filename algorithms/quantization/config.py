@@ -139,6 +139,8 @@ def _plain(value: Any) -> Any:
         return describe(value)
     if isinstance(value, nncf.IgnoredScope):
         return {key: getattr(value, key) for key in ("names", "patterns", "types") if getattr(value, key)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, dict):

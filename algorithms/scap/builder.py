@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import nncf
 from nncf.common.graph.graph import NNCFGraph
+from nncf.common.logging import nncf_logger
 from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
 from nncf.common.utils.backend import BackendType
 
 from scap_nncf.algorithms import sparsity as sparsity_spec
-from scap_nncf.algorithms.allocation import allocate
+from scap_nncf.algorithms.allocation import allocate, choose, wants_prices
+from scap_nncf.algorithms.allocation.fisher import Costs
 from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import COMPRESSION_ALGORITHMS, CompressionBuilder
-from scap_nncf.algorithms.data import Samples
+from scap_nncf.algorithms.data import Kept, Samples
 from scap_nncf.algorithms.insertion import insert_plan, refuse_sparse
 from scap_nncf.algorithms.mitigation import as_mitigation, mitigate
 from scap_nncf.algorithms.plan import Plan, SitePlan
@@ -50,8 +53,22 @@ class ScapBuilder(CompressionBuilder):
 
         :raises nncf.ValidationError: bad settings or data, or the model is sparse already.
         """
-        plan, calibration = self.calibrate(model, dataset, tokenizer)
-        return insert_plan(model, plan, calibration)
+        config = self.config
+        if config.refine is None:
+            return insert_plan(model, *self.calibrate(model, dataset, tokenizer))
+        if not backend_of(model).GRADIENTS:
+            backend_of(model).train_biases(model, [], config.refine)  # says why not, before any work is done
+        refuse_sparse(model)
+        samples = list(Samples(dataset, tokenizer, config.subset_size))
+        model = insert_plan(model, *self.calibrate(model, samples))
+        controller = get_controller(model)
+        assert controller is not None
+        try:
+            controller.refine(samples, settings=config.refine)
+        except BaseException:
+            controller.strip()
+            raise
+        return model
 
     def build_from_plan(self, model: Any, plan: Plan, calibration: CalibrationStatistics | None = None) -> Any:
         """Prune as a plan says, without data."""
@@ -70,43 +87,70 @@ class ScapBuilder(CompressionBuilder):
         :raises nncf.ValidationError: as :meth:`build`.
         """
         refuse_sparse(model)
-        samples: Any = Samples(dataset, tokenizer, self.config.subset_size)
+        config = self.config
+        samples: Any = Samples(dataset, tokenizer, config.subset_size)
         first = samples.first()
-        mitigation, kept = as_mitigation(self.config.mitigation), []
-        if mitigation is not None:  # it goes through the data again
-            kept = list(samples)
-            samples = Samples(kept)
+        mitigation, data = as_mitigation(config.mitigation), []
+        if mitigation is not None or config.sequential:  # they go through the data again
+            data = list(samples)
+            samples = Samples(data)
         sites = self.find_sites(model, first).sites
-        targets = sparsity_spec.resolve(self.config.sparsity, sites)
+        targets = sparsity_spec.resolve(config.sparsity, sites)
         sites = tuple(site for site in sites if any(layer.name in targets for layer in site.layers))
         backend = backend_of(model)
         points = backend.statistic_points(sites, make_collector)
         costs = None
         processes = current_processes()
-        if self.config.allocation == "fisher":
-            samples = list(samples)
-            share = share_samples(Samples(samples), model, sites, processes)
-            count = gather(backend, model, sites, points, share, len(samples), processes)
+        if wants_prices(config.allocation, config.sparsity):
+            kept = Kept(samples, config.allocation_samples)
+            share = share_samples(kept, model, sites, processes)
+            count = gather(backend, model, sites, points, share, kept.total, processes)
             dense = shrink(sites, backend.histograms_of(points))
-            modes = {site.name: site_mode(site, dense[site.name], targets, self.config.mode)[0] for site in sites}
-            costs = backend.collect_costs(model, sites, dense, modes, samples[: self.config.allocation_samples])
-            if self.config.sequential:
+            modes = {site.name: site_mode(site, dense[site.name], targets, config.mode)[0] for site in sites}
+            costs = self._prices(model, sites, dense, modes, kept.kept())
+            if config.sequential:
                 points = backend.statistic_points(sites, make_collector)
-        elif not self.config.sequential:
+        elif not config.sequential:
             share = share_samples(samples, model, sites, processes)
             count = gather(backend, model, sites, points, share, samples.total, processes)
-        targets = allocate(self.config.allocation, targets, sites, costs)
-        if self.config.sequential:
+        targets = allocate(choose(config.allocation, config.sparsity, sites, costs), targets, sites, costs)
+        if config.sequential:
 
             def decide(site: Site, histogram: ActivationHistogram) -> SitePlan:
-                plan = plan_site(site, histogram, targets, self.config.mode)
+                plan = plan_site(site, histogram, targets, config.mode)
                 assert plan is not None  # sites without a target were left out above
                 return plan
 
-            count = backend.collect_sequential(model, sites, points, list(samples), decide)
+            count = backend.collect_sequential(model, sites, points, data, decide)
         calibration = CalibrationStatistics(sites, backend.histograms_of(points), count, costs)
-        plan = make_plan(calibration, self.config)
-        return (plan if mitigation is None else mitigate(model, plan, mitigation, kept)), calibration
+        plan = make_plan(calibration, config)
+        return (plan if mitigation is None else mitigate(model, plan, mitigation, data)), calibration
+
+    def _prices(
+        self,
+        model: Any,
+        sites: Sequence[Site],
+        histograms: Mapping[str, ActivationHistogram],
+        modes: Mapping[str, float],
+        samples: Sequence[Any],
+    ) -> Costs | None:
+        """Prices of sparsity; None where ``auto`` has to do without."""
+        try:
+            return backend_of(model).collect_costs(
+                model, sites, histograms, modes, samples, checkpointing=self.config.allocation_checkpointing
+            )
+        except (nncf.UnsupportedModelError, nncf.ParameterNotSupportedError) as error:
+            if self.config.allocation == "fisher":
+                raise
+            nncf_logger.debug(f"allocation='auto' does without prices: {error}")
+        except Exception as error:  # the plain pass went well; a default must not fail where it can do without
+            if self.config.allocation == "fisher":
+                raise
+            nncf_logger.warning(
+                f"The prices of sparsity cannot be measured ({type(error).__name__}: {error}), so allocation='auto' "
+                "does without. Where memory is short, allocation_checkpointing=True needs less."
+            )
+        return None
 
     def get_statistic_points(self, model: Any, graph: NNCFGraph | None = None) -> StatisticPointsContainer:
         """One collector for each site that has a target; gather with the backend's ``collect``."""
@@ -143,11 +187,12 @@ def make_plan(calibration: CalibrationStatistics, config: Scap) -> Plan:
     :raises nncf.ValidationError: the configuration names layers that were not calibrated.
     """
     targets = sparsity_spec.resolve(config.sparsity, calibration.sites)
-    targets = allocate(config.allocation, targets, calibration.sites, calibration.costs)
+    method = choose(config.allocation, config.sparsity, calibration.sites, calibration.costs)
+    targets = allocate(method, targets, calibration.sites, calibration.costs)
     histograms = calibration.planning_histograms()
     plans = (plan_site(site, histograms[site.name], targets, config.mode) for site in calibration.sites)
     sites = tuple(site_plan for site_plan in plans if site_plan is not None)
-    return Plan(sites, "scap", config.prune, _made_by(config, calibration))
+    return Plan(sites, "scap", config.prune, {**_made_by(config, calibration), "allocation": method})
 
 
 def _made_by(config: Scap, calibration: CalibrationStatistics) -> dict[str, Any]:
@@ -158,6 +203,8 @@ def _made_by(config: Scap, calibration: CalibrationStatistics) -> dict[str, Any]
         "mode": config.mode,
         "allocation": config.allocation,
         "allocation_samples": config.allocation_samples,
+        "allocation_checkpointing": config.allocation_checkpointing,
+        "refine": None if config.refine is None else asdict(config.refine),
         "prune": config.prune,
         "sequential": config.sequential,
         "roles": None if config.roles is None else list(config.roles),

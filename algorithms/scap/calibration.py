@@ -110,7 +110,7 @@ class CalibrationStatistics:
             tensors[f"{index}.counts"] = self.histograms[site.name].counts[occupied]
         if self.costs is not None:
             for index, layer in enumerate(layer for site in self.sites for layer in site.layers):
-                tensors[f"{index}.prices"] = self.costs.prices[layer.name]
+                tensors[f"{index}.prices"] = self.costs.sums[layer.name]
         described = [
             {
                 "name": site.name,
@@ -173,8 +173,8 @@ class CalibrationStatistics:
             costs = None
             if described["priced_tokens"] is not None:
                 names = [layer.name for site in sites for layer in site.layers]
-                prices = {name: tensors[f"{index}.prices"] for index, name in enumerate(names)}
-                costs = Costs(prices, _count(described["priced_tokens"]))
+                sums = {name: tensors[f"{index}.prices"] for index, name in enumerate(names)}
+                costs = Costs(sums, _count(described["priced_tokens"]))
             return cls(tuple(sites), histograms, _count(described["samples"]), costs)
         except (
             SafetensorError,

@@ -13,6 +13,7 @@ from scap_nncf.algorithms import sparsity as sparsity_spec
 from scap_nncf.algorithms.allocation import check_allocation
 from scap_nncf.algorithms.mitigation.config import Mitigation, as_mitigation
 from scap_nncf.algorithms.plan import check_prune
+from scap_nncf.algorithms.refine import Refine
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,18 @@ class Scap:
     :param mode: how the mode η of a site is found: ``zero``, ``mean``, ``median``, ``kde`` (peak of a kernel density
         estimate), or ``auto``, which centres only where that lowers the pruning error (see
         :func:`scap_nncf.algorithms.scap.mode.choose_mode`).
-    :param allocation: how the sparsity is spread over the targeted layers, their weighted mean staying what `sparsity`
-        says: ``uniform`` gives each what was asked; ``profile`` follows a constant table of roles; ``fisher`` spends
-        the budget where it costs the least loss, measured with one backward pass over `allocation_samples` samples
-        (:mod:`scap_nncf.algorithms.allocation`). The last two set q, k and v, or gate and up, apart.
-    :param allocation_samples: number of samples for ``fisher``; about 2,000 tokens suffice.
+    :param allocation: how the sparsity is spread over the targeted layers; the weighted mean over the layers of each
+        part of `sparsity` stays what that part says. ``uniform`` gives each layer what was asked; ``profile`` follows a
+        constant table of roles; ``fisher`` spends the budget where it costs the least loss, measured with one backward
+        pass over `allocation_samples` samples (:mod:`scap_nncf.algorithms.allocation`). The last two set q, k and v, or
+        gate and up, apart. ``auto`` takes a mapping or the grammar literally and spreads one number by ``fisher`` where
+        the model is a language model with gradients, else by ``profile`` on gated feed-forwards, else not.
+    :param allocation_samples: number of samples for ``fisher``, chosen by their content; about 2,000 tokens suffice.
+    :param allocation_checkpointing: let ``fisher`` run each block a second time instead of keeping its activations: for
+        models whose backward pass does not fit into memory.
+    :param refine: train one static vector for the output of each pruned layer against the dense model, minutes of work
+        that cost nothing at run time (:mod:`scap_nncf.algorithms.refine`); None leaves that out. PyTorch language
+        models only; the plan then applies to OpenVINO as well.
     :param prune: ``all`` prunes every token; ``decode`` leaves prompts dense and prunes tokens that come alone.
     :param sequential: calibrate every site with the pruned output of the sites before it, as the reference
         implementation does. False takes all statistics from the dense model in one streaming pass.
@@ -47,8 +55,10 @@ class Scap:
 
     sparsity: Any = 0.5
     mode: str = "auto"
-    allocation: str = "uniform"
+    allocation: str = "auto"
     allocation_samples: int = 8
+    allocation_checkpointing: bool = False
+    refine: Refine | None = None
     prune: str = "all"
     sequential: bool = False
     roles: str | Sequence[str] | None = None
@@ -66,6 +76,9 @@ class Scap:
         mitigation = as_mitigation(self.mitigation)
         if mitigation is not None and mitigation.shift == "static":
             msg = "A static shift is the mode of a site: set mode='median', 'mean', 'kde' or 'auto' instead."
+            raise nncf.ValidationError(msg)
+        if self.refine is not None and not isinstance(self.refine, Refine):
+            msg = f"refine must be a Refine object or None, got {self.refine!r}; for example refine=Refine(steps=50)."
             raise nncf.ValidationError(msg)
         if self.subset_size is not None:
             _check_count("subset_size", self.subset_size, " or None")

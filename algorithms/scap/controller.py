@@ -4,23 +4,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import nncf
+from nncf.common.logging import nncf_logger
 
-from scap_nncf.algorithms.allocation import allocate
+from scap_nncf.algorithms.allocation import allocate, choose
 from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import CompressionController
-from scap_nncf.algorithms.plan import STATISTICS_FILE, Plan, sha256
+from scap_nncf.algorithms.data import Samples
+from scap_nncf.algorithms.plan import STATISTICS_FILE, Plan, sha256, sites_of, to_float32
+from scap_nncf.algorithms.refine import Refine, RefineReport
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.config import check_mode_method
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 from scap_nncf.algorithms.scap.report import ScapStatistics, make_statistics
 from scap_nncf.algorithms.scap.site_plan import plan_site
+from scap_nncf.algorithms.scap.statistics import make_collector
 from scap_nncf.algorithms.sparsity import SparsitySpec, resolve
 
 
@@ -104,7 +108,7 @@ class ScapController(CompressionController):
                 "dataset=, or load a folder that has statistics.safetensors."
             )
             raise nncf.ValidationError(msg)
-        if any(not layer.is_plain for layer in self.plan.layers):
+        if any(not layer.is_folded for layer in self.plan.layers):
             msg = (
                 "The error mitigation of this plan was made for its thresholds; take it out with .strip() and compress "
                 "anew with the other sparsity."
@@ -112,8 +116,10 @@ class ScapController(CompressionController):
             raise nncf.ValidationError(msg)
         settings = dict(self.plan.made_by.get("settings") or {})
         settings["allocation"] = allocation or settings.get("allocation", "uniform")
-        targets = resolve(sparsity, self.calibration.sites)
-        targets = allocate(settings["allocation"], targets, self.calibration.sites, self.calibration.costs)
+        sites, costs = self.calibration.sites, self.calibration.costs
+        targets = resolve(sparsity, sites)
+        method = choose(settings["allocation"], sparsity, sites, costs)
+        targets = allocate(method, targets, sites, costs)
         if mode is not None:
             check_mode_method(mode)
         methods = {site.name: site.mode_method for site in self.plan.sites}
@@ -122,12 +128,14 @@ class ScapController(CompressionController):
             plan_site(site, histograms[site.name], targets, mode or _again(methods.get(site.name)))
             for site in self.calibration.sites
         )
-        sites = tuple(site_plan for site_plan in plans if site_plan is not None)
+        site_plans = tuple(site_plan for site_plan in plans if site_plan is not None)
         settings["sparsity"] = dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
         settings["prune"] = prune or self.plan.prune
-        made_by = {**self.plan.made_by, "settings": settings}
-        plan = replace(self.plan, sites=sites, made_by=made_by).with_prune(prune or self.plan.prune)
-        return self._change(plan)
+        made_by = {**self.plan.made_by, "settings": settings, "allocation": method}
+        names = {layer.name for site in site_plans for layer in site.layers}
+        biases = {key: vector for key, vector in self.plan.vectors.items() if key[0] in names}
+        plan = replace(self.plan, sites=site_plans, made_by=made_by, vectors={}).with_prune(prune or self.plan.prune)
+        return self._change(plan.with_vectors(biases))  # trained at one sparsity, vectors help at others
 
     def set_prune(self, prune: str) -> Plan:
         """
@@ -138,6 +146,80 @@ class ScapController(CompressionController):
         """
         settings = {**(self.plan.made_by.get("settings") or {}), "prune": prune}
         return self._change(replace(self.plan.with_prune(prune), made_by={**self.plan.made_by, "settings": settings}))
+
+    def match_realised(self, dataset: Any, tokenizer: Any = None, subset_size: int | None = 16) -> Plan:
+        """
+        Set every threshold anew so that the realised sparsity is the target on this data, with all pruning active.
+
+        Thresholds are quantiles of what the dense model computed on the calibration data. Pruning of earlier layers
+        and text of another kind move the activations; a pass over text like that in use puts it right. Where a plan is
+        refined this has been done already, on the data it was refined with.
+
+        :param dataset: as for calibration; a few thousand tokens suffice.
+        :param subset_size: at most this many samples are used; None uses all.
+        :return: the new plan; targets and modes stay.
+        """
+        return self._match_realised(list(Samples(dataset, tokenizer, subset_size)))
+
+    def _match_realised(self, samples: Sequence[Any]) -> Plan:
+        backend = backend_of(self._model)
+        points = backend.statistic_points(sites_of(self.plan), make_collector)
+        with self._pruning_all_tokens():
+            backend.collect(self._model, points, samples, len(samples))
+        histograms = backend.histograms_of(points)
+        sites = tuple(
+            replace(
+                site,
+                layers=tuple(
+                    layer
+                    if layer.threshold < 0
+                    else replace(layer, threshold=to_float32(histograms[site.name].quantile(layer.sparsity, site.mode)))
+                    for layer in site.layers
+                ),
+            )
+            for site in self.plan.sites
+        )
+        made_by = {**self.plan.made_by, "thresholds_matched": {"samples": len(samples)}}
+        return self._change(replace(self.plan, sites=sites, made_by=made_by))
+
+    @contextmanager
+    def _pruning_all_tokens(self) -> Iterator[None]:
+        """Samples are prompts: under the policy ``decode`` nothing of them would be pruned."""
+        plan = self.plan
+        if plan.prune == "all":
+            yield
+            return
+        self._change(plan.with_prune("all"))
+        try:
+            yield
+        finally:
+            self._change(plan)
+
+    def refine(self, dataset: Any, tokenizer: Any = None, settings: Refine | None = None) -> RefineReport:
+        """
+        Train one static vector for the output of each pruned layer against the dense model, then match the thresholds
+        to the realised sparsity (:mod:`scap_nncf.algorithms.refine`). The vectors are part of the plan, are folded into
+        biases by ``deploy`` and in OpenVINO, and stay when the sparsity is changed.
+
+        :param dataset: as for calibration; with the defaults 50 steps of 1024 tokens are taken from it.
+        :return: how the training went; ``str()`` is a line.
+        :raises nncf.ValidationError: fewer than two samples.
+        :raises nncf.UnsupportedModelError: the model is no language model with gradients.
+        :raises nncf.ParameterNotSupportedError: the model is an OpenVINO model.
+        """
+        settings = settings or Refine()
+        samples = list(Samples(dataset, tokenizer))
+        biases, report = backend_of(self._model).train_biases(self._model, samples, settings)
+        nncf_logger.info(f"Refine: {report}")
+
+        held = self.plan.vectors
+        vectors = {(name, "bias"): held.get((name, "bias"), 0.0) + values for name, values in biases.items()}
+        record = {"settings": asdict(settings), **asdict(report), "losses": list(report.losses.items())}
+        made_by = {**self.plan.made_by, "refined": record}
+        self._change(replace(self.plan, made_by=made_by).with_vectors(vectors))
+        self._match_realised(samples[:16])
+        self.reset_counters()
+        return report
 
     def _change(self, plan: Plan) -> Plan:
         """Prune by another plan; by the old one still, if that fails."""

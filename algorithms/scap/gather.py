@@ -14,7 +14,7 @@ import torch
 from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
 
 from scap_nncf.algorithms.backends import Backend
-from scap_nncf.algorithms.data import Samples
+from scap_nncf.algorithms.data import Kept, Samples
 from scap_nncf.algorithms.processes import Processes, refuse_sharded
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 from scap_nncf.algorithms.scap.journal import Journal, add_to_digest, model_key, unfinished
@@ -22,7 +22,7 @@ from scap_nncf.algorithms.scap.statistics import histogram_of, set_histogram
 from scap_nncf.algorithms.sites import Site
 
 
-def share_samples(samples: Samples, model: Any, sites: Sequence[Site], processes: Processes) -> Iterable[Any]:
+def share_samples(samples: Samples | Kept, model: Any, sites: Sequence[Site], processes: Processes) -> Iterable[Any]:
     """
     This process's share of the samples: every n-th.
 

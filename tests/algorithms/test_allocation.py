@@ -18,7 +18,8 @@ from torch import nn
 import scap_nncf
 from scap_nncf.algorithms.allocation import fisher, profile
 from scap_nncf.algorithms.allocation.fisher import LEVELS, MAX_SPARSITY, Costs
-from scap_nncf.algorithms.backends.torch.fisher import _sampled_loss
+from scap_nncf.algorithms.backends.torch.fisher import _label_seed, _sampled_loss
+from scap_nncf.algorithms.data import Kept, fingerprint
 
 Factory = Callable[..., Any]
 
@@ -68,7 +69,7 @@ def test_prices_follow_their_definition(tiny_llama: nn.Module, batches: Factory)
         site = next(s for s in statistics.sites if name in [layer.name for layer in s.layers])
         histogram = statistics.histograms[site.name]
         expected, tokens = np.zeros(len(LEVELS)), 0
-        for index, sample in enumerate(data):
+        for sample in data:
             kept: dict[str, torch.Tensor] = {}
 
             def hook(_m: nn.Module, args: Any, output: torch.Tensor, kept: dict[str, torch.Tensor] = kept) -> Any:
@@ -78,7 +79,7 @@ def test_prices_follow_their_definition(tiny_llama: nn.Module, batches: Factory)
 
             handle = module.register_forward_hook(hook)
             with torch.enable_grad():
-                _sampled_loss(tiny_llama(**sample).logits, None, 0, index).backward()
+                _sampled_loss(tiny_llama(**sample).logits, None, _label_seed(sample, None, 0))[0].backward()
             handle.remove()
             gradient = (kept["y"].grad @ module.weight).reshape(-1, module.in_features).double()
             x = kept["x"].reshape(-1, module.in_features).double()
@@ -132,14 +133,115 @@ def test_gradient_flags_and_hooks_are_restored(tiny_llama: nn.Module, batches: F
 def test_what_fisher_cannot_do(tiny_llama: nn.Module, batches: Factory) -> None:
     with pytest.raises(nncf.UnsupportedModelError, match="logits"):
         nncf.compress(nn.Sequential(nn.Linear(8, 8)), dataset=[torch.randn(2, 8)], allocation="fisher")
-    nncf.compress(tiny_llama, dataset=batches(1), sparsity=0.5)
+    nncf.compress(tiny_llama, dataset=batches(1), sparsity=0.5, allocation="uniform")
     controller = scap_nncf.get_controller(tiny_llama)
     with pytest.raises(nncf.ValidationError, match="calibrate with allocation='fisher'"):
         controller.set_sparsity(0.5, allocation="fisher")
     with pytest.raises(nncf.ValidationError, match="allocation must be"):
-        controller.set_sparsity(0.5, allocation="greedy")
+        controller.set_sparsity(0.5, allocation="greediest")
     with pytest.raises(nncf.ValidationError, match="allocation must be"):
         scap_nncf.Scap(allocation="fischer")
     controller.strip()
     with pytest.raises(nncf.ValidationError, match="cannot be reached"):
         nncf.compress(tiny_llama, dataset=batches(1), sparsity=0.98, allocation="fisher")
+
+
+# -- the default -------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_fisher_for_one_number_and_literal_otherwise(tiny_llama: nn.Module, batches: Factory) -> None:
+    nncf.compress(tiny_llama, dataset=batches(), sparsity=0.5)
+    controller = scap_nncf.get_controller(tiny_llama)
+    assert controller.plan.made_by["allocation"] == "fisher"
+    by_default = controller.plan
+    assert controller.set_sparsity(0.5, allocation="fisher").sites == by_default.sites
+    for literal in ({"up": 0.4, "gate": 0.4, "down": 0.6}, "up,zero,0.4,gate,zero,0.4,down,zero,0.6"):
+        plan = controller.set_sparsity(literal, allocation="auto")
+        assert plan.made_by["allocation"] == "uniform"
+        assert {(layer.role, layer.sparsity) for layer in plan.layers} == {("up", 0.4), ("gate", 0.4), ("down", 0.6)}
+    controller.strip()
+    nncf.compress(tiny_llama, dataset=batches(), sparsity=0.5, allocation="fisher")
+    assert scap_nncf.get_controller(tiny_llama).plan.sites == by_default.sites
+
+
+def test_each_part_of_a_mapping_keeps_its_total(tiny_llama: nn.Module, batches: Factory) -> None:
+    nncf.compress(tiny_llama, dataset=batches(), sparsity={"attn": 0.3, "down": 0.6, "up": 0.4}, allocation="fisher")
+    controller = scap_nncf.get_controller(tiny_llama)
+
+    def total(plan: Any, roles: set[str]) -> float:
+        layers = [layer for layer in plan.layers if layer.role in roles]
+        weights = [layer.in_features * layer.out_features for layer in layers]
+        return sum(w * layer.sparsity for w, layer in zip(weights, layers)) / sum(weights)
+
+    for method in ("fisher", "profile"):
+        plan = controller.set_sparsity({"attn": 0.3, "down": 0.6, "up": 0.4}, allocation=method)
+        assert total(plan, {"q", "k", "v", "o"}) == pytest.approx(0.3)
+        assert total(plan, {"down"}) == pytest.approx(0.6)
+        assert total(plan, {"up"}) == pytest.approx(0.4)
+        assert not any(layer.role == "gate" for layer in plan.layers)
+        assert len({layer.sparsity for layer in plan.layers}) > 3
+
+
+def test_the_default_without_gradients_or_logits(tiny_model: Factory, batches: Factory) -> None:
+    encoder = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    nncf.compress(encoder, dataset=[torch.randn(4, 8)], sparsity=0.5)
+    assert scap_nncf.get_controller(encoder).plan.made_by["allocation"] == "uniform"
+    backbone = tiny_model("llama").model  # gated, but its output has no logits
+    nncf.compress(backbone, dataset=batches(1), sparsity=0.5)
+    assert scap_nncf.get_controller(backbone).plan.made_by["allocation"] == "profile"
+
+
+def test_prices_do_not_depend_on_the_order_of_samples(tiny_llama: nn.Module, batches: Factory) -> None:
+    data = batches(7)
+    settings: dict[str, Any] = {"allocation": "fisher", "allocation_samples": 3}
+    forward = scap_nncf.calibrate(tiny_llama, dataset=data, **settings)
+    backward = scap_nncf.calibrate(tiny_llama, dataset=iter(data[::-1]), **settings)
+    assert forward.to_bytes() == backward.to_bytes()
+    parts = [scap_nncf.calibrate(tiny_llama, dataset=[sample], **settings) for sample in data]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    other = parts[6]
+    for part in (parts[3], parts[0], parts[5], parts[1], parts[4], parts[2]):
+        other = part.merge(other)
+    assert merged.to_bytes() == other.to_bytes()
+    # of all data in one process the thresholds of the levels are a little different, so the prices are as well
+    whole = scap_nncf.calibrate(tiny_llama, dataset=data, allocation="fisher", allocation_samples=7).costs
+    assert whole.tokens == merged.costs.tokens
+    for name, values in whole.sums.items():
+        assert merged.costs.sums[name][10] == pytest.approx(values[10], rel=0.5)
+
+
+def test_kept_samples_are_few_and_chosen_by_content(batches: Factory) -> None:
+    data = batches(20)
+    chosen = []
+    for order in (data, data[::-1]):
+        kept = Kept(order, 4)
+        assert len(list(kept)) == 20
+        chosen.append([fingerprint(sample) for sample in kept.kept()])
+    assert chosen[0] == chosen[1] == sorted(fingerprint(sample) for sample in data)[:4]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_checkpointing_gives_the_same_prices(family: str, tiny_model: Factory, batches: Factory) -> None:
+    model = tiny_model(family)
+    plain = scap_nncf.calibrate(model, dataset=batches(2), allocation="fisher").costs
+    again = scap_nncf.calibrate(model, dataset=batches(2), allocation="fisher", allocation_checkpointing=True).costs
+    for name, values in plain.sums.items():
+        assert again.sums[name] == pytest.approx(values, rel=1e-4, abs=1e-6)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_layer_that_no_token_reached_is_not_the_cheapest(batches: Factory, tiny_llama: nn.Module) -> None:
+    """Its price is that of its role, so it is not pruned first."""
+    statistics = scap_nncf.calibrate(tiny_llama, dataset=batches(2))
+    from scap_nncf.algorithms.backends.torch.fisher import _Prices
+
+    prices = _Prices(statistics.sites, statistics.histograms, {site.name: 0.0 for site in statistics.sites})
+    first, second = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
+    prices._seen = {layer.name for site in statistics.sites for layer in site.layers} - {second}
+    prices._sums[first] = np.linspace(0, 2, len(LEVELS))
+    assert prices.costs(tiny_llama).sums[second] == pytest.approx(np.linspace(0, 2, len(LEVELS)), abs=1e-6)
+    prices._seen -= {first}
+    with pytest.raises(nncf.UnsupportedModelError, match="no gradient reaches"):
+        prices.costs(tiny_llama)

@@ -151,7 +151,7 @@ def test_thresholds_are_quantiles_of_all_values(tiny_llama: nn.Module, batches: 
     truth = {}
     for site in scap_nncf.inspect_model(tiny_llama).sites:
         truth[site.name] = np.quantile(np.abs(collected(tiny_llama, site.name, data)), 0.45)
-    nncf.compress(tiny_llama, dataset=data, sparsity=0.45, mode="zero")
+    nncf.compress(tiny_llama, dataset=data, sparsity=0.45, mode="zero", allocation="uniform")
     for site in scap_nncf.get_controller(tiny_llama).plan.sites:
         for layer in site.layers:
             assert layer.threshold == pytest.approx(truth[site.name], rel=2**-7)
@@ -169,7 +169,7 @@ def test_any_order_gives_the_same_plan(tiny_model: Factory, batches: Factory, se
 
 def test_merged_statistics_give_the_same_plan(tiny_llama: nn.Module, batches: Factory, tmp_path: Path) -> None:
     data = batches(8)
-    config = Scap(sparsity=0.5)
+    config = Scap(sparsity=0.5, allocation="uniform")
     whole = scap_nncf.make_plan(scap_nncf.calibrate(tiny_llama, dataset=data), config)
     for share in range(4):
         scap_nncf.calibrate(tiny_llama, dataset=data[share::4]).save(tmp_path / str(share))
@@ -197,7 +197,9 @@ def test_padding_does_not_count(tiny_llama: nn.Module, batches: Factory) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_realised_sparsity_on_calibration_data(tiny_model: Factory, batches: Factory, dtype: torch.dtype) -> None:
     data = batches(4, 4, 32)
-    model = nncf.compress(tiny_model("llama", dtype=dtype), dataset=data, sparsity=0.4, sequential=True)
+    model = nncf.compress(
+        tiny_model("llama", dtype=dtype), dataset=data, sparsity=0.4, sequential=True, allocation="uniform"
+    )
     for sample in data:
         model(**sample)
     for layer in scap_nncf.get_controller(model).statistics().layers:
@@ -209,7 +211,8 @@ def test_sequential_sees_pruned_inputs(tiny_model: Factory, batches: Factory) ->
     data = batches(3)
     plans = []
     for sequential in (False, True):
-        model = nncf.compress(tiny_model(), dataset=data, sparsity=0.6, sequential=sequential, mode="median")
+        settings = {"sparsity": 0.6, "sequential": sequential, "mode": "median", "allocation": "uniform"}
+        model = nncf.compress(tiny_model(), dataset=data, **settings)
         plans.append(scap_nncf.get_controller(model).plan)
     dense, sequential_plan = plans
     assert dense.sites[0] == sequential_plan.sites[0]
@@ -434,7 +437,7 @@ def test_controller(tiny_llama: nn.Module, batches: Factory, tmp_path: Path) -> 
     nncf.compress(tiny_llama, plan=tmp_path)
     assert torch.equal(tiny_llama(**data[0]).logits, sparse)
     again = scap_nncf.get_controller(tiny_llama)
-    assert again.set_sparsity(0.2, mode="zero", prune="all").layers
+    assert again.set_sparsity({"ffn": 0.2}, mode="zero", prune="all").layers
     fresh = nncf.compress(copy.deepcopy(again.strip()), dataset=data, sparsity={"ffn": 0.2}, mode="zero")
     assert again.plan.sites == scap_nncf.get_controller(fresh).plan.sites
 

@@ -71,7 +71,7 @@ def test_language_model(
     assert (dense - tiny_llama(**data[0]).logits).abs().max() < 1e-3
     assert greedy(exported, ids) == text
     assert controller.strip() is exported
-    assert nncf.compress(exported, algorithm="scap", dataset=data, sparsity=0.4, mode="mean") is exported
+    assert nncf.compress(exported, algorithm="scap", dataset=data, sparsity=0.4, mode="mean", allocation="uniform") is exported
     assert (exported(**data[0]).logits - pruned).abs().mean() < 1e-3
 
 
@@ -99,7 +99,7 @@ def test_quantised_then_sparse(
     options.setdefault("dataset", nncf.Dataset(data[:1]))
     model = nncf.compress_weights(tiny_llama, mode=step, **options)
     dense = model(**data[0]).logits
-    nncf.compress(model, algorithm="scap", dataset=data, sparsity=0.4, mode="mean")
+    nncf.compress(model, algorithm="scap", dataset=data, sparsity=0.4, mode="mean", allocation="uniform")
     expected = model(**data[0]).logits
     folder = scap_nncf.export_openvino(model, tmp_path / "ir")
     exported = OVModelForCausalLM.from_pretrained(folder, ov_config=exact)
@@ -113,7 +113,7 @@ def test_quantised_then_sparse(
 
     # calibrating the IR as it stands gives the same plan
     stripped = scap_nncf.get_controller(ir).strip()
-    from_ir = nncf.compress(stripped, algorithm="scap", dataset=data, sparsity=0.4, mode="mean")
+    from_ir = nncf.compress(stripped, algorithm="scap", dataset=data, sparsity=0.4, mode="mean", allocation="uniform")
     ours = {layer.name: layer.threshold for layer in scap_nncf.get_controller(from_ir).plan.layers}
     for layer in scap_nncf.get_controller(model).plan.layers:
         assert ours[layer.name] == pytest.approx(layer.threshold, rel=1 / 128)
@@ -210,7 +210,7 @@ def test_encoders(kind: str, exact: dict[str, Any], tmp_path: Path) -> None:
         data = [{"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}]
         loader = OVModelForImageClassification
     dense = model(**data[0])[0].detach()
-    nncf.compress(model, algorithm="scap", dataset=data, sparsity=0.4, mode="mean")
+    nncf.compress(model, algorithm="scap", dataset=data, sparsity=0.4, mode="mean", allocation="uniform")
     expected = model(**data[0])[0].detach()
     folder = scap_nncf.export_openvino(model, tmp_path / "ir")
     exported = loader.from_pretrained(folder, ov_config=exact)
@@ -221,7 +221,7 @@ def test_encoders(kind: str, exact: dict[str, Any], tmp_path: Path) -> None:
     ir = scap_nncf.load_openvino(folder)
     plan = scap_nncf.get_controller(ir).plan
     stripped = scap_nncf.get_controller(ir).strip()
-    again = scap_nncf.get_controller(nncf.compress(stripped, dataset=data, sparsity=0.4, mode="mean")).plan
+    again = scap_nncf.get_controller(nncf.compress(stripped, dataset=data, sparsity=0.4, mode="mean", allocation="uniform")).plan
     thresholds = {layer.name: layer.threshold for layer in again.layers}
     assert len(thresholds) == 12
     for layer in plan.layers:

@@ -8,6 +8,7 @@ from scap_nncf.algorithms.backends.openvino.collect import (
     histograms_of,
     shifted_histograms,
     statistic_points,
+    train_biases,
     train_mitigation,
 )
 from scap_nncf.algorithms.backends.openvino.discover import inspect_model
@@ -27,7 +28,11 @@ from scap_nncf.algorithms.backends.openvino.prune import (
 )
 from scap_nncf.algorithms.backends.openvino.weights import dense_weight
 
+#: Prices of sparsity and trained vectors need the PyTorch model; its plan applies here.
+GRADIENTS = False
+
 __all__ = [
+    "GRADIENTS",
     "collect",
     "collect_costs",
     "collect_sequential",
@@ -47,6 +52,7 @@ __all__ = [
     "statistic_points",
     "store_controller",
     "stored_controller",
+    "train_biases",
     "train_mitigation",
     "working_copy",
 ]

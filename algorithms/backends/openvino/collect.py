@@ -49,9 +49,7 @@ class SitePoint(TargetPoint):
         return hash(self.target_node_name)
 
 
-def statistic_points(
-    sites: Sequence[Site], make_collector: Callable[[], TensorCollector]
-) -> StatisticPointsContainer:
+def statistic_points(sites: Sequence[Site], make_collector: Callable[[], TensorCollector]) -> StatisticPointsContainer:
     """One collector a site, whatever the number of layers that read it."""
     points = StatisticPointsContainer()
     for site in sites:
@@ -59,9 +57,7 @@ def statistic_points(
     return points
 
 
-def collect(
-    model: Any, points: StatisticPointsContainer, samples: Iterable[Any], total: int | None = None
-) -> int:
+def collect(model: Any, points: StatisticPointsContainer, samples: Iterable[Any], total: int | None = None) -> int:
     """
     Run the samples and gather statistics at the points, in one streaming pass on the CPU in float32.
 
@@ -139,6 +135,7 @@ def collect_costs(
     modes: Mapping[str, float],
     samples: Sequence[Any],
     seed: int = 0,
+    checkpointing: bool = False,
 ) -> Costs:
     """
     :raises nncf.ParameterNotSupportedError: always; OpenVINO has no gradients.
@@ -162,6 +159,13 @@ def shifted_histograms(model: Any, plan: Plan, samples: Sequence[Any]) -> dict[s
     :raises nncf.ParameterNotSupportedError: always; such thresholds are found on PyTorch models.
     """
     raise nncf.ParameterNotSupportedError(_ON_PYTORCH.format(what="Thresholds after a shift of each token, which"))
+
+
+def train_biases(model: Any, samples: Sequence[Any], settings: Any) -> Any:
+    """
+    :raises nncf.ParameterNotSupportedError: always; OpenVINO has no gradients.
+    """
+    raise nncf.ParameterNotSupportedError(_ON_PYTORCH.format(what="Refining needs gradients, which"))
 
 
 _ON_PYTORCH = (

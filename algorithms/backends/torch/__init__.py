@@ -15,10 +15,15 @@ from scap_nncf.algorithms.backends.torch.prune import (
     stored_controller,
     working_copy,
 )
+from scap_nncf.algorithms.backends.torch.refine import train_biases
 from scap_nncf.algorithms.backends.torch.train import shifted_histograms, train_mitigation
 from scap_nncf.algorithms.backends.torch.weights import dense_matrix as dense_weight
 
+#: Prices of sparsity and trained vectors can be had.
+GRADIENTS = True
+
 __all__ = [
+    "GRADIENTS",
     "collect",
     "collect_costs",
     "collect_sequential",
@@ -35,6 +40,7 @@ __all__ = [
     "statistic_points",
     "store_controller",
     "stored_controller",
+    "train_biases",
     "train_mitigation",
     "working_copy",
 ]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -83,6 +84,14 @@ def forward_sample(model: nn.Module, sample: Any, what: str) -> Any:
             "transform_func of nncf.Dataset to make it so."
         )
         raise nncf.ValidationError(msg) from error
+
+
+def without_cache(model: nn.Module, sample: Any) -> Any:
+    """A mapping with ``use_cache=False`` where the model knows that: for passes in which nothing is generated."""
+    if not isinstance(sample, Mapping) or "use_cache" in sample:
+        return sample
+    known = "use_cache" in inspect.signature(type(model).forward).parameters
+    return {**sample, "use_cache": False} if known else sample
 
 
 def describe(sample: Any) -> str:
