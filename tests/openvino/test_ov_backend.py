@@ -84,8 +84,9 @@ def test_sites_and_plans_are_those_of_torch(
     assert {item.name for item in ours.left_out} == {item.name for item in theirs.left_out}
     assert np.abs(run_ir(ir, data[0]) - model(**data[0]).logits.numpy()).max() < 1e-3
 
-    sparse_ir = nncf.compress(ir, algorithm="scap", dataset=data, sparsity=0.4, mode="mean")
-    nncf.compress(model, algorithm="scap", dataset=data, sparsity=0.4, mode="mean")
+    settings = {"sparsity": 0.4, "mode": "mean", "allocation": "uniform"}
+    sparse_ir = nncf.compress(ir, algorithm="scap", dataset=data, **settings)
+    nncf.compress(model, algorithm="scap", dataset=data, **settings)
     plan = scap_nncf.get_controller(model).plan
     assert_close_plans(thresholds(plan), thresholds(sparse_ir))
     expected = model(**data[0]).logits.numpy()
@@ -119,8 +120,10 @@ def test_zero_sparsity_is_bit_identical(read_ir: Models, run_ir: Models, batches
 
 def test_sequential_matches_torch(tiny_model: Models, read_ir: Models, batches: Models) -> None:
     model, data = tiny_model("llama"), batches(2)
-    sparse = nncf.compress(read_ir(), algorithm="scap", dataset=data, sparsity=0.5, sequential=True)
-    nncf.compress(model, algorithm="scap", dataset=data, sparsity=0.5, sequential=True)
+    sparse = nncf.compress(
+        read_ir(), algorithm="scap", dataset=data, sparsity=0.5, sequential=True, allocation="uniform"
+    )
+    nncf.compress(model, algorithm="scap", dataset=data, sparsity=0.5, sequential=True, allocation="uniform")
     # a flipped value upstream moves what comes after, so a few buckets are allowed
     expected = thresholds(model)
     for name, value in thresholds(sparse).items():
@@ -210,7 +213,7 @@ def test_pruning_stands_before_quantisers_of_activations(
 
 def test_shared_input_is_pruned_once(read_ir: Models, batches: Models) -> None:
     ir, data = read_ir(), batches(2)
-    sparse = nncf.compress(ir, algorithm="scap", dataset=data, sparsity=0.5, mode="mean")
+    sparse = nncf.compress(ir, algorithm="scap", dataset=data, sparsity=0.5, mode="mean", allocation="uniform")
     assert len(kinds(sparse, "pruned")) == len(scap_nncf.get_controller(sparse).plan.sites) == 8
     apart = nncf.compress(ir, algorithm="scap", dataset=data, sparsity={"gate": 0.3, "up": 0.6}, mode="mean")
     assert len(kinds(apart, "pruned")) == 4
@@ -434,6 +437,8 @@ def test_refused_models(read_ir: Models, batches: Models) -> None:
         nncf.compress(ov.Model([opset.result(opset.relu(x))], [x], "m"), algorithm="scap", dataset=data, sparsity=0.5)
     with pytest.raises(nncf.ParameterNotSupportedError, match="gradients"):
         nncf.compress(read_ir(), algorithm="scap", dataset=data, sparsity=0.5, allocation="fisher")
+    with pytest.raises(nncf.ParameterNotSupportedError, match="Refining needs gradients"):
+        nncf.compress(read_ir(), algorithm="scap", dataset=data, sparsity=0.5, refine=scap_nncf.Refine())
     scope = nncf.IgnoredScope(types=["MatMul"])
     with pytest.raises(nncf.ValidationError, match="is left to prune"):
         nncf.compress(read_ir(), algorithm="scap", dataset=data, sparsity=0.5, ignored_scope=scope)

@@ -71,7 +71,8 @@ def test_language_model(
     assert (dense - tiny_llama(**data[0]).logits).abs().max() < 1e-3
     assert greedy(exported, ids) == text
     assert controller.strip() is exported
-    assert nncf.compress(exported, algorithm="scap", dataset=data, sparsity=0.4, mode="mean", allocation="uniform") is exported
+    uniform = {"sparsity": 0.4, "mode": "mean", "allocation": "uniform"}
+    assert nncf.compress(exported, algorithm="scap", dataset=data, **uniform) is exported
     assert (exported(**data[0]).logits - pruned).abs().mean() < 1e-3
 
 
@@ -221,7 +222,8 @@ def test_encoders(kind: str, exact: dict[str, Any], tmp_path: Path) -> None:
     ir = scap_nncf.load_openvino(folder)
     plan = scap_nncf.get_controller(ir).plan
     stripped = scap_nncf.get_controller(ir).strip()
-    again = scap_nncf.get_controller(nncf.compress(stripped, dataset=data, sparsity=0.4, mode="mean", allocation="uniform")).plan
+    again = nncf.compress(stripped, dataset=data, sparsity=0.4, mode="mean", allocation="uniform")
+    again = scap_nncf.get_controller(again).plan
     thresholds = {layer.name: layer.threshold for layer in again.layers}
     assert len(thresholds) == 12
     for layer in plan.layers:
