@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from scap_nncf._version import __version__
+from scap_nncf.algorithms.budget import Budget, BudgetError
 from scap_nncf.algorithms.cats import Cats
 from scap_nncf.algorithms.mitigation import Mitigation
 from scap_nncf.algorithms.nm import Nm
@@ -48,6 +49,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Budget",
+    "BudgetError",
     "CalibrationStatistics",
     "Cats",
     "Mitigation",

@@ -12,11 +12,13 @@ import nncf
 
 from scap_nncf.algorithms.backends import backend_of
 from scap_nncf.algorithms.base import builder_for
+from scap_nncf.algorithms.budget import Budget
 from scap_nncf.algorithms.plan import Plan
 from scap_nncf.algorithms.scap.builder import ScapBuilder
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics, statistics_of_plan
 from scap_nncf.algorithms.scap.config import Scap
 from scap_nncf.algorithms.sites import ModelReport
+from scap_nncf.budget import compress_to
 from scap_nncf.recipe import apply_steps, builders_of
 
 TModel = TypeVar("TModel")
@@ -29,6 +31,7 @@ def compress(
     dataset: Any = None,
     plan: Plan | str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
+    budget: Budget | None = None,
     **settings: Any,
 ) -> TModel:
     """
@@ -53,15 +56,29 @@ def compress(
     :param plan: a plan, or the folder or file of one, to apply without data. The reference implementation's
         ``calibrated_thresholds.json`` is read as well.
     :param tokenizer: a transformers tokenizer, where the dataset holds texts.
+    :param budget: a limit on loss, bytes or time, see :class:`scap_nncf.Budget`; the sparsity follows from it. For a
+        limit on loss a quarter of the samples is kept from calibration to judge by. What came out is in
+        ``get_controller(model).plan.made_by["budget"]``.
     :param settings: fields of the algorithm's configuration, see :class:`scap_nncf.Scap`.
     :return: the compressed model.
+    :raises scap_nncf.BudgetError: the budget cannot be met; the message has what can be reached.
     :raises nncf.ValidationError: bad settings, data or plan, or the model is compressed by this already.
     :raises nncf.ParameterNotSupportedError: unknown algorithm or setting.
     """
     inner = _without_compiler(model)
     backend_of(inner)  # an unsupported model is refused before anything else
+    if budget is not None and (plan is not None or "sparsity" in settings):
+        given = "a plan" if plan is not None else "a sparsity"
+        msg = f"A budget and {given} were given; the sparsity follows from the budget, so leave out one of the two."
+        raise nncf.ValidationError(msg)
     if plan is not None:
         result = _apply_plan(inner, algorithm, plan, dataset, settings)
+    elif budget is not None:
+        builders = builders_of(algorithm, settings)
+        sizes = [getattr(builder.config, "subset_size", None) for builder in builders]
+        limit = None if None in sizes else max(sizes)
+        build = lambda samples: apply_steps(inner, builders, samples, None)  # noqa: E731
+        result = compress_to(build, inner, budget, dataset, tokenizer, limit)
     else:
         result = apply_steps(inner, builders_of(algorithm, settings), dataset, tokenizer)
     return model if result is inner else result

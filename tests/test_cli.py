@@ -130,8 +130,10 @@ def test_compress_from_a_plan(run, tmp_path, tiny_model_dir, plan_folder):
     )  # fmt: skip
     assert code == 0, err
     before, after = scap_nncf.Plan.load(plan_folder), scap_nncf.Plan.load(again)
-    assert {layer.sparsity for layer in after.layers} == {0.25}
-    assert all(new.threshold < old.threshold for new, old in zip(after.layers, before.layers))
+    weights = [layer.in_features * layer.out_features for layer in after.layers]
+    mean = sum(w * layer.sparsity for w, layer in zip(weights, after.layers)) / sum(weights)
+    assert mean == pytest.approx(0.25)
+    assert all(new.threshold <= old.threshold for new, old in zip(after.layers, before.layers))
     assert after.prune == "decode"
     # the statistics went along, so the way back is open
     code, _, err = run("compress", tiny_model_dir, "--plan", again, "--sparsity", "0.5", "--output", tmp_path / "back")
@@ -230,7 +232,7 @@ def test_every_family_from_disk_to_text(run, tmp_path, family, tiny_model, tiny_
     assert {row["role"] for row in json.loads(out)["roles"]} == FAMILIES[family]
     code, out, err = run("generate", model, "--plan", plan, "--prompt", "The dog", "--max-new-tokens", 5, "--json")
     assert code == 0, err
-    assert 0.3 < json.loads(out)["realised_sparsity"] < 0.7
+    assert 0.2 < json.loads(out)["realised_sparsity"] < 0.8
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

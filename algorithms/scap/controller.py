@@ -102,6 +102,16 @@ class ScapController(CompressionController):
         :return: the new plan.
         :raises nncf.ValidationError: there are no statistics, or the specification does not fit.
         """
+        return self._change(self.plan_for(sparsity, mode, prune, allocation))
+
+    def plan_for(
+        self,
+        sparsity: SparsitySpec,
+        mode: str | None = None,
+        prune: str | None = None,
+        allocation: str | None = None,
+    ) -> Plan:
+        """The plan that :meth:`set_sparsity` would put in the place of the present one; nothing changes."""
         if self.calibration is None:
             msg = (
                 "This plan came without calibration statistics, so its thresholds cannot be recomputed; calibrate with "
@@ -135,7 +145,14 @@ class ScapController(CompressionController):
         names = {layer.name for site in site_plans for layer in site.layers}
         biases = {key: vector for key, vector in self.plan.vectors.items() if key[0] in names}
         plan = replace(self.plan, sites=site_plans, made_by=made_by, vectors={}).with_prune(prune or self.plan.prune)
-        return self._change(plan.with_vectors(biases))  # trained at one sparsity, vectors help at others
+        return plan.with_vectors(biases)  # trained at one sparsity, vectors help at others
+
+    def note(self, **entries: Any) -> None:
+        """Add to the plan's record of how it was made."""
+        self.plan = replace(self.plan, made_by={**self.plan.made_by, **entries})
+        note_plan = getattr(backend_of(self._model), "note_plan", None)
+        if note_plan is not None:  # an OpenVINO model carries its plan
+            note_plan(self._model, self.plan)
 
     def set_prune(self, prune: str) -> Plan:
         """

@@ -67,7 +67,7 @@ def mitigated_fc(
     :param weight: [K, N], input-channel-major.
     :param threshold: τ; used where there is no pattern.
     :param pattern: (N, M), see :func:`scap_nncf.kernels.reference.topk_nm.keep_nm`.
-    :param score: [K], see :func:`scap_nncf.kernels.reference.topk_nm.prune_nm`.
+    :param score: [K], what magnitudes are multiplied with before they are ranked or compared with the threshold.
     :param shift: η, a number or [K].
     :param token: kind of μ, see :func:`token_shift`.
     :param variance: whether ν is applied.
@@ -82,7 +82,12 @@ def mitigated_fc(
     mu = token_shift(u, token) if token is not None else None
     if mu is not None:
         u = u - mu
-    z = prune(u, 0.0, threshold) if pattern is None else prune_nm(u, *pattern, score)
+    if pattern is not None:
+        z = prune_nm(u, *pattern, score)
+    elif score is not None:
+        z = torch.where((u * score.to(wide)).abs() <= threshold, torch.zeros_like(u), u)
+    else:
+        z = prune(u, 0.0, threshold)
     factor = variance_factor(u, z) if variance else 1.0
     y = (z * factor) @ w
     if low_rank is not None:

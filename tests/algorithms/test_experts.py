@@ -120,7 +120,7 @@ def test_calibrate_prune_save_reload_strip(tiny_model: Factory, batches: Factory
     data = batches(6, 4, 32)
     model = tiny_model(family)
     dense = model(**data[0]).logits
-    nncf.compress(model, dataset=data, sparsity=0.4, mode="mean", sequential=True)
+    nncf.compress(model, dataset=data, sparsity=0.4, mode="mean", sequential=True, allocation="uniform")
     controller = scap_nncf.get_controller(model)
     sparse = model(**data[0]).logits
     controller.reset_counters()

@@ -171,7 +171,7 @@ def test_deploy_leaves_such_layers_simulated(tiny_llama: nn.Module, batches: Any
     sample = batches(1)[0]
     statistics = scap_nncf.calibrate(tiny_llama, dataset=[sample], sparsity={"up": 0.5})
     plan = scap_nncf.make_plan(statistics, scap_nncf.Scap(sparsity={"up": 0.5}))
-    vectors = {(layer.name, "bias"): torch.randn(layer.out_features).numpy() for layer in plan.layers}
+    vectors = {(layer.name, "scale"): torch.randn(layer.out_features).numpy() / 10 for layer in plan.layers}
     model = nncf.compress(tiny_llama, plan=plan.with_vectors(vectors))
     with torch.no_grad():
         before = model(**sample).logits

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import nncf
 import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
@@ -44,6 +45,9 @@ def selection_of(site: SitePlan, layer: LayerPlan, vectors: dict[str, Vector]) -
     if not layer.prunes:
         return None
     shift, score = vectors.get("shift"), vectors.get("score")
+    if score is not None and layer.pattern is None:
+        msg = f"{layer.name} compares scores with its threshold, which OpenVINO graphs do not do; use plain magnitudes."
+        raise nncf.ParameterNotSupportedError(msg)
     return Selection(
         site.mode if shift is None else 0.0,
         layer.threshold,

@@ -103,7 +103,9 @@ class Pruner:
         if layer.token_shift is not None and x.numel():
             mu = token_shift(u, layer.token_shift)  # [..., 1]
             u = u - mu
-        if layer.pattern is None:
+        if layer.pattern is None and SCORE in buffers:  # |x|·‖W‖ is compared, as WINA does
+            z = torch.where((u * buffers[SCORE]).abs() <= self.threshold, torch.zeros_like(u), u)
+        elif layer.pattern is None:
             z = prune(u, 0.0, self.threshold)
         else:
             z = prune_nm(u, *layer.pattern, buffers.get(SCORE))
