@@ -28,6 +28,7 @@ from scap_nncf.cli_export import CONTEXT_SETTINGS, apply_recipe, export
 from scap_nncf.cli_options import (
     CALIBRATION,
     OUTPUT,
+    Allocation,
     DebugOption,
     DeviceOption,
     Dtype,
@@ -46,6 +47,7 @@ from scap_nncf.cli_options import (
     split_list,
 )
 from scap_nncf.cli_output import launched, output_folder, work
+from scap_nncf.cli_search import search
 
 app = typer.Typer(
     name="scap-nncf",
@@ -137,6 +139,21 @@ def compress(
         Prune | None,
         typer.Option(metavar="POLICY", help="all (default) prunes every token; decode leaves prompts dense."),
     ] = None,
+    allocation: Annotated[
+        Allocation | None,
+        typer.Option(
+            metavar="METHOD",
+            help="How one number is spread over layers: auto (default: fisher where it can), uniform, profile, fisher.",
+        ),
+    ] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Train a vector for each layer's output: minutes, and free at run time.")
+    ] = False,
+    refine_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of --refine.")] = 50,
+    match: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text like that in use: thresholds are set to realise the target on it."),
+    ] = None,
     roles: RolesOption = None,
     ignore: IgnoreOption = None,
     calibration: Annotated[
@@ -204,6 +221,9 @@ def compress(
             "--ignore": bool(ignore),
             "--sequential": sequential,
             "--plan": plan is not None,
+            "--allocation": allocation is not None,
+            "--refine": refine,
+            "--match": match is not None,
         }
         if any(needless.values()):
             given = ", ".join(name for name, present in needless.items() if present)
@@ -227,6 +247,7 @@ def compress(
             "--roles": roles is not None,
             "--ignore": bool(ignore),
             "--mode": mode is not None and spec is None,
+            "--allocation": allocation is not None and spec is None,
         }
         if any(needless.values()):
             given = ", ".join(name for name, present in needless.items() if present)
@@ -234,14 +255,16 @@ def compress(
             raise typer.BadParameter(msg, param_hint="--plan")
     with work(as_json) as out, launched(output, overwrite), output_folder(output, overwrite) as folder:
         from scap_nncf.models import load_model
+        from scap_nncf.text import read_texts, token_batches
 
         start = time.perf_counter()
-        texts = [] if plan is not None else _calibration_texts(calibration, text_field)
+        texts = [] if plan is not None and not refine else _calibration_texts(calibration, text_field)
+        like = None if match is None else read_texts(match, text_field)
         loaded, tokenizer = load_model(model, dtype.value, device, trust_remote_code)
         record: dict[str, Any] = {"model": model}
         began = time.perf_counter()
         if plan is not None:
-            controller = _from_plan(loaded, plan, spec, mode, prune)
+            controller = _from_plan(loaded, plan, spec, mode, prune, allocation)
             record["from_plan"] = str(plan)
         else:
             batches = _batches(tokenizer, texts, length, samples, seed)
@@ -252,6 +275,7 @@ def compress(
                     sparsity=0.5 if spec is None else spec,
                     mode=(mode or Mode.auto).value,
                     prune=(prune or Prune.all).value,
+                    allocation=(allocation or Allocation.auto).value,
                     sequential=sequential,
                     roles=split_list(roles),
                     ignored_scope=ignored_scope(ignore),
@@ -260,6 +284,12 @@ def compress(
                 dataset=batches,
             )
             controller = scap_nncf.get_controller(loaded)
+        if refine:
+            batches = _batches(tokenizer, texts, length, samples, seed)
+            report = controller.refine(batches, settings=scap_nncf.Refine(steps=refine_steps))
+            record["refine"] = {**asdict(report), "losses": list(report.losses.items())}
+        if like is not None:
+            controller.match_realised(token_batches(tokenizer, like, length)[:32], subset_size=None)
         controller.reset_counters()
         statistics = controller.statistics()
         record |= {
@@ -365,6 +395,7 @@ def demo(
 app.command(name="export", context_settings=CONTEXT_SETTINGS, add_help_option=False)(export)
 app.command(name="evaluate")(evaluate)
 app.command(name="report")(report)
+app.command(name="search")(search)
 
 
 def _calibration_texts(calibration: str, field: str) -> Sequence[str]:
@@ -381,13 +412,16 @@ def _batches(tokenizer: Any, texts: Sequence[str], length: int, samples: int | N
     return token_batches(tokenizer, texts, length, None, seed)[:64]
 
 
-def _from_plan(model: Any, folder: Path, spec: Any, mode: Mode | None, prune: Prune | None) -> Any:
+def _from_plan(
+    model: Any, folder: Path, spec: Any, mode: Mode | None, prune: Prune | None, allocation: Allocation | None
+) -> Any:
     # by path, not as a Plan: the statistics beside the plan come along
     scap_nncf.compress(model, plan=folder)
     controller: Any = scap_nncf.get_controller(model)
     policy = controller.plan.prune if prune is None else prune.value
     if spec is not None:
-        controller.set_sparsity(spec, mode=None if mode is None else mode.value, prune=policy)
+        method = None if allocation is None else allocation.value
+        controller.set_sparsity(spec, mode=None if mode is None else mode.value, prune=policy, allocation=method)
     elif policy != controller.plan.prune:
         controller.set_prune(policy)
     return controller

@@ -27,6 +27,13 @@ class Prune(str, Enum):
     decode = "decode"
 
 
+class Allocation(str, Enum):
+    auto = "auto"
+    uniform = "uniform"
+    profile = "profile"
+    fisher = "fisher"
+
+
 class Dtype(str, Enum):
     auto = "auto"
     float32 = "float32"

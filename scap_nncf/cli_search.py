@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import nncf
 import typer
 
+from scap_nncf.cli_output import work
+
 _TEXTS, _TRIALS, _LOADING, _OUTPUT = "Texts", "Trials", "Loading", "Output"
 
 
@@ -113,7 +115,6 @@ def search(
     and search.json with every trial for `scap-nncf report`.
     """
     from scap_nncf.algorithms.budget import Budget
-    from scap_nncf.cli import _work
     from scap_nncf.search import Search
 
     limits: dict[str, Any] = {"max_loss": max_loss, "bytes": bytes_left, "speedup": speedup}
@@ -126,7 +127,7 @@ def search(
     texts = {"calibration": calibration, "text": text, "held_out": held_out, "samples": samples, "tokens": tokens}
     texts |= {"held_out_tokens": held_out_tokens, "context": context, "seed": seed}
     loading = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    with _work(as_json) as out:
+    with work(as_json) as out:
         helpers = [_spawn() for _ in range(workers - 1)]
         try:
             result = run_search(model, output, budget, settings, texts, loading, roles)

@@ -61,8 +61,7 @@ class ScapBuilder(CompressionBuilder):
         refuse_sparse(model)
         samples = list(Samples(dataset, tokenizer, config.subset_size))
         model = insert_plan(model, *self.calibrate(model, samples))
-        controller = get_controller(model)
-        assert controller is not None
+        controller = backend_of(model).stored_controller(model)
         try:
             controller.refine(samples, settings=config.refine)
         except BaseException:

@@ -18,6 +18,7 @@ from torch import nn
 import scap_nncf
 from scap_nncf.algorithms.plan import Plan
 from scap_nncf.algorithms.refine import Refine
+from scap_nncf.cli import main
 from scap_nncf.deploy import deploy, undeploy
 
 Factory = Callable[..., Any]
@@ -158,3 +159,21 @@ def test_thresholds_can_be_matched_to_other_text(tiny_llama: nn.Module, batches:
     for sample in few:
         tiny_llama(**sample)
     assert controller.statistics().realised_sparsity == pytest.approx(0.5, abs=0.03)
+
+
+def test_refine_and_match_on_the_command_line(
+    tiny_model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "like.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    command = ["compress", tiny_model_dir, "--samples", "6", "--length", "48", "--json", "--sparsity", "0.5"]
+    command += ["--refine", "--refine-steps", "2", "--match", str(text), "--output", str(tmp_path / "plan")]
+    assert main(command) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["refine"]["steps"] == 2
+    plan = Plan.load(tmp_path / "plan")
+    assert plan.made_by["refined"]["settings"]["steps"] == 2
+    assert "thresholds_matched" in plan.made_by
+    uniform = [*command[:6], "--json", "--allocation", "uniform", "--output", str(tmp_path / "uniform")]
+    assert main(uniform) == 0
+    assert {layer.sparsity for layer in Plan.load(tmp_path / "uniform").layers} == {0.5}
