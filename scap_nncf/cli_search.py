@@ -199,6 +199,11 @@ def run_search(
         calibration = scap_nncf.CalibrationStatistics.load(output)
     calibrated = time.perf_counter() - start
 
+    def strip() -> None:
+        controller = scap_nncf.get_controller(model)
+        if controller is not None:
+            controller.strip()
+
     def measure(plan: Any, ids: torch.Tensor = search_ids) -> float:
         if plan is None:
             return perplexity(model, ids, texts["context"]).perplexity
@@ -206,7 +211,7 @@ def run_search(
         try:
             return perplexity(model, ids, texts["context"]).perplexity
         finally:
-            scap_nncf.get_controller(model).strip()
+            strip()
 
     traffic = traffic_of(model, calibration.sites)
     about = {"model": name, "budget": str(budget), **asdict(settings), **texts, "roles": roles}
@@ -253,6 +258,7 @@ def run_search(
     made_by = {**plan.made_by, "budget": {"budget": str(budget), "trials": len(result.trials), **checked}}
     scap_nncf.compress(model, plan=replace(plan, made_by=made_by))
     controller = scap_nncf.get_controller(model)
+    assert controller is not None
     controller.calibration = calibration
     controller.save(output)
     return {

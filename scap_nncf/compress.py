@@ -76,7 +76,7 @@ def compress(
     elif budget is not None:
         builders = builders_of(algorithm, settings)
         sizes = [getattr(builder.config, "subset_size", None) for builder in builders]
-        limit = None if None in sizes else max(sizes)
+        limit = None if None in sizes else max(sizes)  # type: ignore[type-var]
         build = lambda samples: apply_steps(inner, builders, samples, None)  # noqa: E731
         result = compress_to(build, inner, budget, dataset, tokenizer, limit)
     else:
