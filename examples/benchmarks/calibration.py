@@ -3,7 +3,7 @@
 What calibration is worth, on real weights: exactness, order, cost, perplexity.
 
     python examples/benchmarks/calibration.py quantiles --calibration TEXTS --output results.json
-    python examples/benchmarks/calibration.py {order,cost,memory,exact,perplexity,modes,allocation} ...
+    python examples/benchmarks/calibration.py {order,cost,memory,exact,perplexity,modes} ...
 
 TEXTS and --text are .txt or .jsonl files (also .gz); by default the text that ships with Python. Results are added to
 the JSON file under the name of the part, with the command that made them, after each measurement: a run that was
@@ -318,33 +318,6 @@ def modes(args: argparse.Namespace, record: Record) -> None:
         record.once(mode, lambda mode=mode: quality.row(quality.plan(sparsity=0.5, mode=mode)))
 
 
-def allocations(args: argparse.Namespace, record: Record) -> None:
-    """Perplexity at the same budget, spread over the layers in three ways."""
-    model, tokenizer = load_model(args.model, dtype=torch.float32)
-    ids = evaluation_ids(args, tokenizer)
-    start = time.perf_counter()
-    scap_nncf.compress(
-        model, dataset=calibration_batches(args, tokenizer), sparsity=0.5, allocation="fisher", subset_size=None
-    )
-    controller: Any = scap_nncf.get_controller(model)
-    record.set("calibration_and_pricing_seconds", time.perf_counter() - start)
-    record.set("priced_tokens", controller.calibration.costs.tokens)
-    record.set("tokens", len(ids))
-    record.set("context", args.context)
-
-    def row(sparsity: float, allocation: str) -> dict[str, Any]:
-        controller.set_sparsity(sparsity, allocation=allocation)
-        controller.reset_counters()
-        value = perplexity(model, ids, args.context).perplexity
-        statistics = controller.statistics()
-        by_role = {role.role: role.sparsity for role in statistics.roles()}
-        return {"perplexity": value, "realised": statistics.realised_sparsity, "sparsity by role": by_role}
-
-    for sparsity in (0.4, 0.5):
-        for allocation in ("uniform", "profile", "fisher"):
-            record.once(f"{sparsity} {allocation}", lambda s=sparsity, a=allocation: row(s, a))
-
-
 PARTS = {
     "quantiles": quantiles,
     "order": order,
@@ -353,7 +326,6 @@ PARTS = {
     "exact": exact,
     "perplexity": perplexities,
     "modes": modes,
-    "allocation": allocations,
 }
 CHILDREN = {"order": _order_child, "memory": _memory_child}
 
