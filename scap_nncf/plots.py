@@ -16,7 +16,6 @@ import nncf
 import numpy as np
 
 from scap_nncf.extras import require
-from scap_nncf.significance import Z95 as _Z95
 
 if TYPE_CHECKING:
     from scap_nncf.algorithms.plan import Plan, SitePlan
@@ -289,15 +288,13 @@ def plot_bytes(evaluation: Mapping[str, Any], path: str | os.PathLike[str] | Non
 
 
 def _points(change: Mapping[str, Any]) -> tuple[float, float, float]:
-    error = 100 * _Z95 * (change.get("stderr") or 0.0)
-    middle = 100 * change["difference"]
-    return middle - error, middle, middle + error
+    low, high = change.get("interval95") or (change["difference"], change["difference"])
+    return 100 * low, 100 * change["difference"], 100 * high
 
 
 def _percent_of_perplexity(change: Mapping[str, Any]) -> tuple[float, float, float]:
-    error, middle = _Z95 * (change.get("stderr") or 0.0), change["difference"]
-    low, value, high = (100 * float(np.expm1(x)) for x in (middle - error, middle, middle + error))
-    return low, value, high
+    low, high = change.get("interval95") or (change["difference"], change["difference"])
+    return 100 * float(np.expm1(low)), 100 * float(np.expm1(change["difference"])), 100 * float(np.expm1(high))
 
 
 def _number(value: Any) -> bool:

@@ -367,7 +367,8 @@ def _cards(run: RunFolder) -> str:
                 cards.append((f"{100 * math.expm1(change['difference']):+.1f} %", f"perplexity on {text['text']}"))
         mean = (run.evaluation.get("mean_change") or {}).get(last["name"])
         if mean:
-            error = "" if mean["stderr"] is None else f" ± {196 * mean['stderr']:.1f}"
+            interval = mean.get("interval95")
+            error = "" if not interval else f" ± {50 * (interval[1] - interval[0]):.1f}"
             cards.append(
                 (f"{100 * mean['difference']:+.1f}{error}", f"points, mean of {len(run.evaluation['tasks'])} tasks")
             )
@@ -418,7 +419,7 @@ def _quality(run: RunFolder) -> str | None:
     if rows:
         parts.append(_table(["Text", "Model", "Tokens", "Perplexity", "Change ± s.e.", "p", "Shown at 5 %"], rows, 2))
     if parts and len(run.evaluation["runs"]) > 1:
-        tests = "McNemar's exact test where items are right or wrong, else a normal distribution of the mean difference"
+        tests = "McNemar's exact test where items are right or wrong, else Student's paired t test"
         parts.append(
             f"<p class=note>Both models answer the same items; changes are in points and paired by item ({tests}). A "
             "change that is not shown may still be there: about twice the standard error could be missed. "

@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import nncf
-
-#: Half-width of a 95 % interval in standard errors.
-Z95 = 1.959963984540054
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,11 @@ class Paired:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the difference."""
+        """95 % confidence interval of the difference, from Student's t distribution."""
         if self.stderr is None:
             return None
-        return self.difference - Z95 * self.stderr, self.difference + Z95 * self.stderr
+        half = float(stats.t.ppf(0.975, self.items - 1)) * self.stderr
+        return self.difference - half, self.difference + half
 
     def shown(self, level: float = 0.05) -> bool:
         """Whether a difference was shown at this level of significance."""
@@ -58,7 +57,7 @@ def paired_outcomes(first: Sequence[float], second: Sequence[float]) -> Paired:
     Compares two models by their outcome on each item.
 
     Where every outcome is 0 or 1 the p-value is McNemar's exact test (a two-sided binomial test on the items that
-    changed; McNemar, Psychometrika 12, 1947), else that of a normal distribution of the mean difference.
+    changed; McNemar, Psychometrika 12, 1947), else that of Student's paired t test.
 
     :param first: outcome of each item, e.g. 1 for right and 0 for wrong.
     :param second: outcomes of the same items in the same order.
@@ -76,7 +75,7 @@ def paired_outcomes(first: Sequence[float], second: Sequence[float]) -> Paired:
     if {*first, *second} <= {0, 1}:
         lost, gained = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
         return Paired(count, mean, stderr, mcnemar(lost, gained), "McNemar exact", lost, gained)
-    return Paired(count, mean, stderr, _normal(mean, stderr), "paired normal")
+    return Paired(count, mean, stderr, _student(mean, stderr, count), "paired t")
 
 
 def paired_windows(first: Sequence[tuple[float, int]], second: Sequence[tuple[float, int]]) -> Paired:
@@ -101,7 +100,7 @@ def paired_windows(first: Sequence[tuple[float, int]], second: Sequence[tuple[fl
     if count > 1:
         spread = math.fsum((change - difference * n) ** 2 for change, (_, n) in zip(changes, first))
         stderr = math.sqrt(count / (count - 1) * spread) / tokens
-    return Paired(count, difference, stderr, _normal(difference, stderr), "paired normal over windows")
+    return Paired(count, difference, stderr, _student(difference, stderr, count), "paired t over windows")
 
 
 def mean_of(comparisons: Sequence[Paired]) -> Paired:
@@ -113,22 +112,18 @@ def mean_of(comparisons: Sequence[Paired]) -> Paired:
     mean = math.fsum(c.difference for c in comparisons) / count
     errors = [c.stderr for c in comparisons if c.stderr is not None]
     stderr = math.sqrt(math.fsum(error**2 for error in errors)) / count if len(errors) == count else None
-    return Paired(sum(c.items for c in comparisons), mean, stderr, _normal(mean, stderr), "paired normal")
+    items = sum(c.items for c in comparisons)
+    return Paired(items, mean, stderr, _student(mean, stderr, items), "paired t")
 
 
 def mcnemar(lost: int, gained: int) -> float:
     """McNemar's exact p-value: two-sided binomial test that as many items were lost as gained."""
-    changed, fewer = lost + gained, min(lost, gained)
-    term, total = 1, 0
-    for k in range(fewer + 1):  # binomial coefficients of `changed`, one from the other, in exact integers
-        total += term
-        term = term * (changed - k) // (k + 1)
-    return min(1.0, 2 * total / 2**changed)
+    return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
-def _normal(difference: float, stderr: float | None) -> float | None:
+def _student(difference: float, stderr: float | None, count: int) -> float | None:
     if stderr is None:
         return None
     if stderr == 0.0:
         return 1.0 if difference == 0.0 else 0.0
-    return math.erfc(abs(difference) / stderr / math.sqrt(2.0))
+    return float(2 * stats.t.sf(abs(difference) / stderr, count - 1))
