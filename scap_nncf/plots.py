@@ -167,8 +167,8 @@ def plot_pareto(search: Mapping[str, Any], path: str | os.PathLike[str] | None =
     """
     Every trial of a search, its loss against the bytes that it saves; a line joins those that no other trial beats.
 
-    :param search: the content of ``search.json``: `trials` with `byte_sparsity`, `loss`, `method` and `label`; `dense`,
-        `metric` and `best`.
+    :param search: the content of ``search.json``: `trials` with `byte_sparsity`, `loss` and `method`; `dense`, `metric`
+        and `best`. The loss is a relative rise where `loss_is` says "rise", else the value of the metric.
     :raises nncf.ValidationError: there is no finished trial.
     """
     figures = require("matplotlib.figure", "report", "plotting a search")
@@ -176,9 +176,9 @@ def plot_pareto(search: Mapping[str, Any], path: str | os.PathLike[str] | None =
     if not trials:
         msg = "the search has no finished trial to plot"
         raise nncf.ValidationError(msg)
-    dense = search.get("dense")
-    relative = _number(dense) and dense != 0
-    loss = {id(t): 100 * (t["loss"] / dense - 1) if relative else t["loss"] for t in trials}
+    rises = [rise(search, trial) for trial in trials]
+    relative = None not in rises
+    loss = {id(t): t["loss"] if r is None or not relative else 100 * r for t, r in zip(trials, rises)}
     figure = figures.Figure(figsize=(8.2, 4.6), layout="constrained")
     axes = figure.subplots()
     methods = list(dict.fromkeys(str(t.get("method") or "") for t in trials))
@@ -206,6 +206,14 @@ def plot_pareto(search: Mapping[str, Any], path: str | os.PathLike[str] | None =
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=8, frameon=False)
     return _written(figure, path)
+
+
+def rise(search: Mapping[str, Any], trial: Mapping[str, Any]) -> float | None:
+    """Relative rise of the metric that a trial cost; None where the search does not tell."""
+    if search.get("loss_is") == "rise":
+        return float(trial["loss"])
+    dense = search.get("dense")
+    return trial["loss"] / dense - 1 if isinstance(dense, (int, float)) and dense else None
 
 
 def pareto_front(trials: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -32,9 +32,7 @@ from scap_nncf.algorithms.plan import PLAN_FILE, Plan, write_atomically
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics, statistics_of_plan
 from scap_nncf.evaluation import RESULTS_FILE
 from scap_nncf.extras import require
-
-SEARCH_FILE = "search.json"
-SEARCH_SCHEMA = "scap-nncf.search"
+from scap_nncf.search import SCHEMA, SEARCH_FILE
 
 _PICTURE_TYPES = {"svg": "image/svg+xml", "png": "image/png"}
 
@@ -98,10 +96,8 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
             run.files.append(str((place / RESULTS_FILE).relative_to(root)))
         if run.search is None and (place / SEARCH_FILE).is_file():
             run.search = _object(place / SEARCH_FILE)
-            if run.search.get("schema") != SEARCH_SCHEMA or not isinstance(run.search.get("trials"), list):
-                msg = (
-                    f"{place / SEARCH_FILE} is no result of a search: expected 'schema': '{SEARCH_SCHEMA}' and 'trials'"
-                )
+            if run.search.get("schema") != SCHEMA or not isinstance(run.search.get("trials"), list):
+                msg = f"{place / SEARCH_FILE} is no result of a search: expected 'schema': '{SCHEMA}' and 'trials'"
                 raise nncf.ValidationError(msg)
             run.files.append(str((place / SEARCH_FILE).relative_to(root)))
         for path in sorted(place.glob("*.json")):
@@ -460,18 +456,24 @@ def _trials(run: RunFolder) -> str | None:
             trial.get("label") or "",
             "yes" if id(trial) in front else "",
             f"{100 * trial['byte_sparsity']:.1f} %",
-            f"{trial['loss']:.4g}",
+            _rise(search, trial),
             f"{trial['seconds']:.0f} s" if trial.get("seconds") is not None else "",
         ]
         for trial in sorted(trials, key=lambda t: -t["byte_sparsity"])
     ]
     metric = str(search.get("metric") or "loss")
-    table = _table(["Trial", "Method", "Label", "Not beaten", "Bytes saved", metric, "Took"], rows, 4)
+    header = ["Trial", "Method", "Label", "Not beaten", "Bytes saved", f"{metric} over dense", "Took"]
+    table = _table(header, rows, 4)
     dense = search.get("dense")
     note = f"{len(trials)} trials; {html.escape(metric)} of the dense model {dense:.4g}." if dense is not None else ""
     held_out = search.get("held_out")
     extra = f"<h3>Held out</h3>{_values(held_out)}" if isinstance(held_out, dict) and held_out else ""
     return f"<p>{note}</p>{extra}{_folded('Every trial', [table])}"
+
+
+def _rise(search: dict[str, Any], trial: dict[str, Any]) -> str:
+    value = plots.rise(search, trial)
+    return f"{trial['loss']:.4g}" if value is None else f"{100 * value:+.2f} %"
 
 
 def _roles(run: RunFolder) -> str | None:
@@ -536,6 +538,10 @@ def _speed(run: RunFolder) -> str | None:
                 "<p class=note>Weights of every layer and the output head, without the embedding table; the last "
                 "column is a bound from bytes alone, not a measurement. The key-value cache is not in it.</p>"
             )
+    predicted = _predicted(run)
+    if predicted is not None:
+        speedup, kernels = predicted
+        parts.append(f"<p>Predicted decode: <b>{speedup:.2f}×</b>, from measured kernel times ({kernels}).</p>")
     for name, bench in run.benches.items():
         about = bench.get("about", {})
         rows = [
@@ -558,6 +564,15 @@ def _speed(run: RunFolder) -> str | None:
         header = ["Variant", "Mode", "Batch", "Prompt", "ms a token", "Over best dense", "Realised", "Bound by bytes"]
         parts.append(_table(header, rows, 2))
     return "".join(parts) or None
+
+
+def _predicted(run: RunFolder) -> tuple[float, str] | None:
+    """What the cost model said of the plan, and of which kernels."""
+    budget = run.plan.made_by.get("budget") if run.plan is not None else None
+    for found in ((run.search or {}).get("held_out"), budget):
+        if isinstance(found, dict) and isinstance(found.get("predicted_speedup"), (int, float)):
+            return float(found["predicted_speedup"]), html.escape(str(found.get("kernels", "no name")))
+    return None
 
 
 def _share(value: float | None) -> str:

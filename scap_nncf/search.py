@@ -42,7 +42,8 @@ from scap_nncf.extras import require
 SAMPLERS = ("tpe", "nsga2", "grid")
 SEARCH_FILE = "search.json"
 PLANS = "plans"
-_SCHEMA, _SCHEMA_VERSION = "scap-nncf.search", 1
+SCHEMA, _SCHEMA_VERSION = "scap-nncf.search", 1
+LOSS_IS = "rise"  # what the loss of a trial is: the relative rise of the metric over that of the dense model
 _RANGE = 2.0  # of the base-2 logarithm of a factor of the prices
 _POLL = 1.0  # seconds
 _SPREAD = 0.15  # of the sparsity, where the search is for a front of loss and sparsity
@@ -119,9 +120,9 @@ class SearchResult:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``search.json`` into a folder, atomically."""
-        data = {"schema": _SCHEMA, "schema_version": _SCHEMA_VERSION, "about": self.about, "metric": self.metric}
+        data = {"schema": SCHEMA, "schema_version": _SCHEMA_VERSION, "about": self.about, "metric": self.metric}
         data |= {"dense": self.dense, "trials": [asdict(trial) for trial in self.trials]}
-        data |= {"best": self.best, "held_out": self.held_out}
+        data |= {"best": self.best, "held_out": self.held_out, "loss_is": LOSS_IS}
         return write_atomically(
             Path(folder) / SEARCH_FILE, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode()
         )

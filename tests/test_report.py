@@ -98,7 +98,7 @@ def _search(count: int = 12) -> dict[str, Any]:
             for i in range(count)
         ],
         "best": 5,
-        "held_out": {"loss": 20.3},
+        "held_out": {"loss": 20.3, "predicted_speedup": 1.37, "kernels": "<H100>"},
     }  # fmt: skip
 
 
@@ -151,6 +151,9 @@ def test_whole_page(run_folder, tmp_path):
     assert "<tiny>" in page.text
     assert "1.60×" in page.text
     assert f"{1 / (1 - 0.48):.2f}×" in page.text  # predicted beside measured
+    assert "1.37×, from measured kernel times (<H100>)" in page.text
+    trial = json.loads((run_folder / "search.json").read_text())["trials"][3]
+    assert f"{100 * (trial['loss'] / 20 - 1):+.2f} %" in page.text
 
 
 @pytest.mark.parametrize("kept", ["plan", "evaluation_results.json", "search.json", "decode.json"])
@@ -192,6 +195,15 @@ def test_pictures_as_files(run_folder, tmp_path, kind):
         assert content.startswith(b"\x89PNG") if kind == "png" else b"<svg" in content[:600]
     with pytest.raises(nncf.ValidationError, match="svg or png"):
         save_plots(run_folder, tmp_path / "plots", "bmp")
+
+
+def test_both_kinds_of_loss():
+    search = _search(1)
+    search["trials"][0]["loss"] = 25.0
+    assert plots.rise(search, search["trials"][0]) == pytest.approx(0.25)
+    search["trials"][0]["loss"], search["loss_is"] = 0.25, "rise"
+    assert plots.rise(search, search["trials"][0]) == 0.25
+    assert plots.rise({"dense": None}, {"loss": 3.0}) is None
 
 
 def test_front_holds_what_nothing_beats():
