@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops, quant_ops, reference
+from .cpu.library import advise_huge_pages
 from .packing import Int4Weight, Int8Weight, QuantWeight
 from .reference import quantized
 
@@ -134,6 +135,11 @@ class Projection(nn.Module):
 
     def _weights_device(self) -> torch.device:
         raise NotImplementedError
+
+    def prepare_for_cpu(self) -> None:
+        """Ask for huge pages below the weights."""
+        for tensor in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
+            advise_huge_pages(tensor.detach())
 
     def reload(self) -> None:
         """Follow the layers after new values were written into their parameters."""

@@ -10,7 +10,8 @@ The sparse operations as torch ops: one call for every device, shape and row cou
 ========================== =============================================================================================
 
 They work in eager mode, under ``torch.compile(fullgraph=True)`` (fake kernels) and in CUDA graphs (no host
-synchronisation, no launch that depends on data). On a CPU they run ``kernels.reference``; on a CUDA device one Triton
+synchronisation, no launch that depends on data). On a CPU they run ``kernels.reference``, or the compiled kernels once
+``kernels.cpu.library.load`` was called; on a CUDA device one Triton
 launch for 1 to 16 rows, or prune + the dense library matmul on the same weight where that is faster. What is dropped is
 the same everywhere. Inference only: there is no autograd formula.
 
@@ -26,6 +27,7 @@ from functools import cache
 import torch
 
 from . import reference
+from .cpu import library as cpu
 from .reference import ACTIVATIONS, fuse_bias
 from .triton.dispatch import MAX_GATED_ROWS, MAX_ROWS, prefer_dense
 
@@ -300,7 +302,7 @@ def _dense_fc(
 def _dense_prune(x: torch.Tensor, mode: float, threshold: float) -> torch.Tensor:
     if threshold < 0 and mode == 0.0:
         return x
-    if x.dtype == torch.float64 or _kernels_unavailable(x.device) is not None or x.numel() == 0:
+    if not x.is_cuda or x.dtype == torch.float64 or _kernels_unavailable(x.device) is not None or x.numel() == 0:
         return reference.prune(x, mode, threshold)
     from .triton.prune import launch_prune
 
@@ -318,7 +320,15 @@ def _sparse_fc_cpu(
     x, weight, thresholds, segments, mode=0.0, bias=None, residual=None, deterministic=True, sparsity=0.5
 ):  # type: ignore[no-untyped-def]
     _check_fc(x, weight, thresholds, segments, bias, residual)
-    return reference.sparse_fc(x, weight, thresholds, segments, mode, bias, residual)
+    if not cpu.serves(x) or x.numel() == 0 or weight.numel() == 0:
+        return reference.sparse_fc(x, weight, thresholds, segments, mode, bias, residual)
+    k, n = weight.shape
+    if x.numel() // k > cpu.FEW_ROWS:  # all inputs are in use by some row: the library's matmul is best
+        flat, shape = x.reshape(-1, k), (*x.shape[:-1], n)
+        residual = None if residual is None else residual.reshape(-1, n)
+        return _dense_fc(flat, weight, _merge(thresholds, segments), mode, bias, residual).reshape(shape)
+    y = cpu.sparse_fc(x, weight, thresholds, segments, mode, bias)
+    return y if residual is None else y + residual
 
 
 @torch.library.impl("scap_nncf::sparse_fc", "CUDA")
@@ -374,7 +384,14 @@ def _sparse_glu_cpu(
     x, weight, gate_threshold, up_threshold, mode=0.0, activation="silu", bias=None, deterministic=True, sparsity=0.5
 ):  # type: ignore[no-untyped-def]
     _check_glu(x, weight, activation, bias)
-    return reference.sparse_glu(x, weight, gate_threshold, up_threshold, mode, activation, bias)
+    if not cpu.serves(x) or x.numel() == 0 or weight.numel() == 0:
+        return reference.sparse_glu(x, weight, gate_threshold, up_threshold, mode, activation, bias)
+    k, n = weight.shape[0], weight.shape[1] // 2
+    thresholds, segments = [gate_threshold, up_threshold], [n, n]
+    if x.numel() // k > cpu.FEW_ROWS:
+        h = _dense_fc(x.reshape(-1, k), weight, _merge(thresholds, segments), mode, bias, None)
+        return (reference.activate(h[:, :n], activation) * h[:, n:]).reshape(*x.shape[:-1], n)
+    return cpu.sparse_fc(x, weight, thresholds, segments, mode, bias, activation)
 
 
 @torch.library.impl("scap_nncf::sparse_glu", "CUDA")

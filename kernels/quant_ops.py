@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import torch
 
 from . import reference
+from .cpu import library as cpu
 from .ops import _dense_prune, _kernels_unavailable, _merge, _warn_once
 from .packing import BLOCK_WORDS, check_quant_tensors, dequantize
 from .reference.activation import ACTIVATIONS
@@ -281,6 +282,16 @@ def _glu_cuda(x, packed, scale, zero, bits, gate_threshold, up_threshold, mode, 
     return (reference.activate(h[:, :n], activation) * h[:, n:]).reshape(shape)
 
 
+# -- CPU --------------------------------------------------------------------------------------------------------------
+
+
+def _compiled(x, packed, scale, zero, bits, thresholds, segments, mode, bias, activation=None):  # type: ignore[no-untyped-def]
+    """The compiled kernels' result, or None where they are not loaded or do not serve this."""
+    if not cpu.serves(x) or x.numel() == 0:
+        return None
+    return cpu.sparse_fc_quant(x, packed, scale, zero, bits, thresholds, segments, mode, bias, activation)
+
+
 # -- registration -----------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +311,9 @@ def _register(bits: int) -> None:
         deterministic=True, sparsity=0.5,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         check_fc(x, packed, scale, zero, thresholds, segments, bias, residual)
+        y = _compiled(x, packed, scale, zero, bits, thresholds, segments, mode, bias)
+        if y is not None:
+            return y if residual is None else y + residual
         return _reference_fc(x, packed, scale, zero, bits, thresholds, segments, mode, bias, residual)
 
     @torch.library.impl(fc, "CUDA")
@@ -325,6 +339,10 @@ def _register(bits: int) -> None:
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         _check(x, packed, scale, zero, bits, bias)
         _check_glu(scale, activation)
+        n = scale.shape[1] // 2
+        y = _compiled(x, packed, scale, zero, bits, [gate_threshold, up_threshold], [n, n], mode, bias, activation)
+        if y is not None:
+            return y
         return _reference_glu(x, packed, scale, zero, bits, gate_threshold, up_threshold, mode, activation, bias)
 
     @torch.library.impl(glu, "CUDA")

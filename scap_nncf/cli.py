@@ -392,6 +392,29 @@ def demo(
         out.result(asdict(result), None)
 
 
+@app.command(name="build-openvino")
+def build_openvino(
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Build into a folder, to ship it; default: the user's cache."),
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """
+    Compile the CPU kernels and the OpenVINO operation ahead; otherwise that happens at first use.
+
+    Libraries in a folder are used where SCAP_NNCF_CPU_LIBRARIES names it; they are for this version of OpenVINO.
+    """
+    from scap_nncf.kernels.cpu.build import build, target
+
+    with _work(as_json) as out:
+        built = {name: build(name, output) for name in ("cpu", "openvino")}
+        result = {name: {"file": str(file), "for": target(name).description} for name, file in built.items()}
+        text = "\n".join(f"{row['file']} (for {row['for']})" for row in result.values())
+        out.result(result, text)
+
+
 app.command(name="export", context_settings=CONTEXT_SETTINGS, add_help_option=False)(export)
 app.command(name="evaluate")(evaluate)
 app.command(name="report")(report)

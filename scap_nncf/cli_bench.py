@@ -113,3 +113,48 @@ def _numbers(text: str, option: str) -> list[int]:
 
 def _words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+class What(str, Enum):
+    layers = "layers"
+    chain = "chain"
+
+
+@bench.command()
+def openvino(
+    what: Annotated[What, typer.Argument(help="layers: single FC layers; chain: gated feed-forwards in a row.")] = (
+        What.layers
+    ),
+    output: Out = None,
+    shapes: Annotated[str, typer.Option(help="Layers: input channels x outputs.")] = "2048x8192,4096x14336",
+    formats: Annotated[str, typer.Option(help="Weights: f32, bf16, f16, i8, u8, i4, u4.")] = "bf16,i8,i4",
+    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="Shares of dropped inputs.")] = "0,0.4,0.5,0.7",
+    tokens: Annotated[str, typer.Option(help="Rows of a call; 1 is decoding.")] = "1,128,512",
+    group: Annotated[int, typer.Option(min=2, help="Input channels a scale, 4-bit weights.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 15,
+    as_json: AsJson = False,
+) -> None:
+    """The OpenVINO operation that skips weights beside the stock CPU plugin in its best setting."""
+    from scap_nncf import bench_openvino
+    from scap_nncf.cli import _work
+
+    try:
+        sizes = [(int(k), int(n)) for k, n in (item.split("x") for item in _words(shapes))]
+        shares = [float(item) for item in _words(sparsity)]
+    except ValueError as error:
+        msg = f"--shapes {shapes!r} and --sparsity {sparsity!r}: expected such as 2048x8192 and 0.5 ({error})"
+        raise typer.BadParameter(msg) from error
+    common: dict[str, Any] = {"formats": _words(formats), "tokens": _numbers(tokens, "--tokens"), "group": group}
+    command = (
+        f"scap-nncf bench openvino {what.value} --shapes {shapes} --formats {formats} --sparsity {sparsity} "
+        f"--tokens {tokens} --group {group} --rounds {rounds}"
+    )
+    with _work(as_json) as out:
+        if what is What.layers:
+            result = bench_openvino.layers(sizes, sparsities=shares, rounds=rounds, command=command, **common)
+        else:
+            kept = [share for share in shares if share > 0]
+            result = bench_openvino.chain(sparsities=kept, rounds=rounds, command=command, **common)
+        files = result.save(output, f"openvino-{what.value}") if output is not None else []
+        rows = [{**asdict(row), "speedup": result.speedup(row)} for row in result.rows]
+        out.result({"about": result.about, "rows": rows, "files": [str(file) for file in files]}, str(result))

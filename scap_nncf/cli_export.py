@@ -122,7 +122,7 @@ def run_export(given: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     try:
         _check_files(given)
         with work(as_json=False):  # progress and tables of NNCF go to stderr; stdout holds the result alone
-            folder = export_arguments(given, _scap(given), data, given.plan, given.overwrite)
+            folder = export_arguments(given, _scap(given), data, given.plan, given.overwrite, given.runtime)
             controller = scap_nncf.get_controller(scap_nncf.load_openvino(folder))
         assert controller is not None
         print(f"{controller.statistics()}\nSaved to {folder}")

@@ -22,6 +22,7 @@ from nncf.common.logging import nncf_logger
 from nncf.common.utils.helpers import create_table
 from torch import nn
 
+from scap_nncf.algorithms.backends import is_optimum_model
 from scap_nncf.algorithms.backends.torch.discover import inspect_model
 from scap_nncf.algorithms.backends.torch.experts import expert_layers
 from scap_nncf.algorithms.backends.torch.gated import GatedPruner
@@ -45,14 +46,16 @@ from scap_nncf.packed_weights import CannotTakeOver, PackedEmbedding, TakenOver,
 
 TModel = TypeVar("TModel")
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 #: A site drifts when its realised sparsity is further than this from the target, as a share of its inputs.
 DRIFT_BOUND = 0.05
 #: Fewer counted tokens than this say nothing about a site.
 DRIFT_TOKENS = 256
 
 
-def deploy(model: TModel, backend: str = "triton", *, counters: bool = False) -> TModel:
+def deploy(
+    model: TModel, backend: str = "triton", *, counters: bool = False, min_sparsity: float | None = None
+) -> TModel:
     """
     Replace simulated pruning by kernels that skip weights, in place.
 
@@ -78,21 +81,34 @@ def deploy(model: TModel, backend: str = "triton", *, counters: bool = False) ->
         scap_nncf.deploy(model)
         model.generate(...)
 
-    :param model: a PyTorch model with activation sparsity, see :func:`scap_nncf.compress`.
+    OpenVINO models (``openvino.Model``, or a model object of Optimum-Intel) take ``backend="cpu"``: pruner and product
+    become one operation that skips weights, q, k and v share one, gate, up and activation too. Saved and read again it
+    stays deployed; see docs/cpu-operation.md for what a core needs to run it. Without a C++ compiler the model stays
+    simulated, and a warning says so.
+
+    :param model: a model with activation sparsity, see :func:`scap_nncf.compress`.
     :param backend: ``triton`` for GPUs (on a CPU, or without Triton, the plain torch definition runs, with a warning);
-        ``reference`` for the plain torch definition everywhere.
+        ``cpu`` for kernels compiled at first use; ``reference`` for the plain torch definition everywhere.
     :param counters: count the realised sparsity of every layer on the device, see :func:`drift`. Costs a few
-        microseconds a site and token.
+        microseconds a site and token. The operation of OpenVINO models counts always.
+    :param min_sparsity: OpenVINO models: layers with less sparsity stay as they are; None takes what was measured to
+        pay (``scap_nncf.deploy_openvino.CROSSOVER``).
     :return: the model.
     :raises nncf.ValidationError: the model has no activation sparsity, or is deployed already.
-    :raises nncf.ParameterNotSupportedError: unknown backend.
-    :raises nncf.UnsupportedBackendError: no PyTorch model.
+    :raises nncf.ParameterNotSupportedError: unknown backend, or one that does not fit the model.
+    :raises nncf.UnsupportedBackendError: neither a PyTorch nor an OpenVINO model.
     """
     if backend not in BACKENDS:
         known = ", ".join(map(repr, BACKENDS))
-        extra = " The backend 'cpu' for OpenVINO models is not part of this version." if backend == "cpu" else ""
-        msg = f"backend must be one of {known}, got {backend!r}.{extra}"
+        msg = f"backend must be one of {known}, got {backend!r}."
         raise nncf.ParameterNotSupportedError(msg)
+    if _is_openvino(model):
+        if backend != "cpu":
+            msg = f"OpenVINO models are deployed with backend='cpu', not {backend!r}."
+            raise nncf.ParameterNotSupportedError(msg)
+        from scap_nncf.deploy_openvino import deploy_ir
+
+        return deploy_ir(model, min_sparsity)  # type: ignore[no-any-return]
     root = _unwrapped(model)
     controller = get_controller(root)
     if controller is None:
@@ -104,6 +120,8 @@ def deploy(model: TModel, backend: str = "triton", *, counters: bool = False) ->
     if is_deployed(root):
         msg = "The model is deployed already; scap_nncf.undeploy(model) takes it back."
         raise nncf.ValidationError(msg)
+    if backend == "cpu":
+        _load_cpu_kernels()
     deployment = Deployment(root, backend)
     try:
         _replace_layers(deployment, controller.plan)
@@ -124,6 +142,10 @@ def undeploy(model: TModel) -> TModel:
 
     :raises nncf.ValidationError: the model is not deployed.
     """
+    if _is_openvino(model):
+        from scap_nncf.deploy_openvino import undeploy_ir
+
+        return undeploy_ir(model)  # type: ignore[no-any-return]
     deployment_of(model).undo()
     root = _unwrapped(model)
     del root.__dict__[DEPLOYMENT]
@@ -133,6 +155,10 @@ def undeploy(model: TModel) -> TModel:
 
 def is_deployed(model: Any) -> bool:
     """Whether :func:`deploy` has changed this model."""
+    if _is_openvino(model):
+        from scap_nncf.algorithms.backends.openvino import sparse_op
+
+        return sparse_op.is_deployed(model)
     return DEPLOYMENT in getattr(_unwrapped(model), "__dict__", {})
 
 
@@ -534,6 +560,8 @@ class _Layers:
             projection = FloatProjection(parts, mode, **options)
         pruners = [pruner for part in parts for _, pruner in named_pruners(part.module)]
         projection.enabled = all(pruner.enabled for pruner in pruners)
+        if deployment.backend == "cpu":
+            projection.prepare_for_cpu()
         deployment.projections.append(projection)
         _free_cached_memory(model)
         return projection
@@ -656,6 +684,8 @@ def _is_linear(module: nn.Linear) -> bool:
 
 def _warn(deployment: Deployment) -> None:
     problems = []
+    if deployment.backend == "cpu" and any(p.is_cuda for p in deployment.model.parameters()):
+        problems.append("the model is on a GPU, where the Triton kernels run")
     if deployment.backend == "triton":
         on_gpu = any(p.is_cuda for p in deployment.model.parameters())
         if not on_gpu:
@@ -669,6 +699,20 @@ def _warn(deployment: Deployment) -> None:
             problems.append(f"{first}{more} stay simulated: {reason}")
     if problems:
         nncf_logger.warning(f"deploy: {'; '.join(problems)}.")
+
+
+def _is_openvino(model: Any) -> bool:
+    return type(model).__module__.partition(".")[0] == "openvino" or is_optimum_model(model)
+
+
+def _load_cpu_kernels() -> None:
+    from scap_nncf.kernels.cpu import library
+    from scap_nncf.kernels.cpu.build import BuildError
+
+    try:
+        library.load()
+    except BuildError as error:
+        nncf_logger.warning(f"deploy: the plain torch definition runs, correct and not fast: {error}.")
 
 
 def _free_cached_memory(model: nn.Module) -> None:

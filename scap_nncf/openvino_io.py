@@ -51,7 +51,9 @@ def load_openvino(folder: str | os.PathLike[str]) -> Any:
     """
     Read an OpenVINO model from a folder, with the calibration statistics beside it: its sparsity can be changed.
 
-    ``openvino.Core().read_model`` reads the same model; its controller then knows the plan but no statistics.
+    ``openvino.Core().read_model`` reads the same model; its controller then knows the plan but no statistics. A model
+    that was deployed with ``scap_nncf.deploy(model, backend="cpu")`` runs in any core that has the extension
+    (:func:`scap_nncf.openvino_extension`); where that cannot be built, its stock graph is returned, with a warning.
 
     :param folder: has ``openvino_model.xml``.
     :return: an ``openvino.Model``.
@@ -65,7 +67,12 @@ def load_openvino(folder: str | os.PathLike[str]) -> Any:
     if not path.is_file():
         msg = f"No OpenVINO model at {path}; expected a folder that export_openvino, save_openvino or Optimum wrote."
         raise nncf.InvalidPathError(msg)
+    from scap_nncf import deploy_openvino
+
+    deployed = deploy_openvino.holds_operation(path)
+    runs = deploy_openvino.teach(core()) if deployed else True
     model = core().read_model(path)
+    deploy_openvino.stock_if_untaught(model, runs)
     attach_statistics(model, folder)
     return model
 

@@ -34,6 +34,7 @@ from typing import Any
 
 import nncf
 
+from scap_nncf import deploy_openvino
 from scap_nncf.algorithms.backends import is_optimum_model
 from scap_nncf.algorithms.plan import Plan
 from scap_nncf.algorithms.scap.config import Scap
@@ -109,11 +110,15 @@ def from_pretrained(
     if Path(ref).is_dir() and "file_name" not in options:
         # Optimum cannot tell by itself when it is offline
         options.setdefault("export", not any(Path(ref).rglob("openvino*model.xml")))
+    runs = True
+    if deploy_openvino.holds_operation(Path(ref) / MODEL_FILE):
+        runs = deploy_openvino.teach(require("optimum.intel.openvino.modeling_base", "optimum", _PURPOSE).core)
     try:
         model = kind.from_pretrained(ref, quantization_config=quantization_config, compile=False, **options)
     except (OSError, ValueError, KeyError) as error:
         msg = f"Optimum-Intel cannot load {ref} as {kind.__name__}: {error}"
         raise nncf.ValidationError(msg) from error
+    deploy_openvino.stock_if_untaught(model, runs)
     if Path(ref).is_dir():
         attach_statistics(model, ref)
     if algorithm is not None or plan is not None:
@@ -218,6 +223,7 @@ def export(
     task: str | None = None,
     arguments: Sequence[str] = (),
     overwrite: bool = False,
+    runtime: str = "any",
 ) -> Path:
     """
     What ``optimum-cli export openvino`` does, then calibration of the resulting IR and pruning.
@@ -230,6 +236,8 @@ def export(
     :param plan: a plan to apply instead of calibrating.
     :param task: Optimum's name of the task; None finds it.
     :param arguments: flags of ``optimum-cli export openvino``, such as ``["--weight-format", "int4"]``.
+    :param runtime: ``any`` writes plain operations; ``cpu`` the operation that skips weights, see
+        :func:`scap_nncf.deploy`.
     :return: the folder.
     """
     parser = ArgumentParser()
@@ -241,10 +249,12 @@ def export(
     def data(_folder: Path, _task: str) -> tuple[Any, Any]:
         return dataset, tokenizer_of(_folder) if _holds_texts(dataset) else None
 
-    return export_arguments(given, Scap() if algorithm is None else algorithm, data, plan, overwrite)
+    return export_arguments(given, Scap() if algorithm is None else algorithm, data, plan, overwrite, runtime)
 
 
-def export_arguments(given: Namespace, algorithm: Any, data: Any, plan: Any, overwrite: bool) -> Path:
+def export_arguments(
+    given: Namespace, algorithm: Any, data: Any, plan: Any, overwrite: bool, runtime: str = "any"
+) -> Path:
     """
     The export behind :func:`export` and the commands.
 
@@ -283,7 +293,7 @@ def export_arguments(given: Namespace, algorithm: Any, data: Any, plan: Any, ove
             raise nncf.UnsupportedModelError(msg) from error
         if without_tokenizer:
             _remove_tokenizer(partial)
-        _sparsify_folder(partial, algorithm, data, plan, given.task)
+        _sparsify_folder(partial, algorithm, data, plan, given.task, runtime)
     return target
 
 
@@ -303,7 +313,7 @@ def _refuse_quantisation(given: Namespace) -> None:
         raise nncf.ParameterNotSupportedError(msg)
 
 
-def _sparsify_folder(folder: Path, algorithm: Any, data: Any, plan: Any, task: str) -> None:
+def _sparsify_folder(folder: Path, algorithm: Any, data: Any, plan: Any, task: str, runtime: str) -> None:
     """Make the dense IR in a folder that is ours alone a sparse one."""
     import openvino
 
@@ -318,6 +328,8 @@ def _sparsify_folder(folder: Path, algorithm: Any, data: Any, plan: Any, task: s
         dataset, tokenizer = data(folder, task)
         sparse = compress(ir, algorithm, dataset=dataset, tokenizer=tokenizer)
     controller = get_controller(sparse)
+    if runtime == "cpu":
+        deploy_openvino.deploy_ir(sparse)
     openvino.save_model(sparse, folder / "sparse.xml", compress_to_fp16=False)
     if controller is not None:
         controller.save(folder)

@@ -28,6 +28,7 @@ from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan, Vector
 RT_INFO = ["nncf", "scap"]
 _PLAN = [*RT_INFO, "plan"]
 _ENABLED = [*RT_INFO, "enabled"]
+DEPLOYED = [*RT_INFO, "deployed"]  # where operations that skip weights stand for pruners and products
 _CONTROLLER = "_scap_controller"
 _COUNTS = "_scap_counts"
 _VECTORS = "_scap_vectors"  # of the plan, while its nodes are not in the graph
@@ -73,6 +74,7 @@ def check_plan(plan: Plan) -> None:
 def remove(model: Any) -> None:
     """Take all pruning out: the graph computes what it computed before, from the same constants."""
     graph = ir_of(model)
+    require_simulated(graph)
     detach(graph)
     _forget_plan(graph)
     graph.__dict__.pop(_VECTORS, None)
@@ -85,6 +87,7 @@ def set_enabled(model: Any, enabled: bool) -> None:
     is not affected: compile again. (Optimum-Intel model objects do so by themselves.)
     """
     graph = ir_of(model)
+    require_simulated(graph)
     if enabled == is_enabled(graph):
         return
     plan = read_plan(graph)
@@ -330,12 +333,12 @@ def _kind(node: ov.Node) -> str | None:
 def _replace(node: ov.Node, source: Any) -> None:
     output = node.output(0)
     consumers = list(output.get_target_inputs())
-    _move_names(output, source, consumers)
+    move_names(output, source, consumers)
     for consumer in consumers:
         consumer.replace_source_output(source)
 
 
-def _move_names(old: Any, new: Any, consumers: list[Any]) -> None:
+def move_names(old: Any, new: Any, consumers: list[Any]) -> None:
     """Results are named after the tensor they read: the names go with it."""
     if any(consumer.get_node().get_type_name() == "Result" for consumer in consumers):
         names = set(old.get_names())
@@ -473,7 +476,7 @@ class _Inserter:
             parts.append(cast(vectors["bias"], "plan_bias"))
         if parts:
             vector = active(parts[0] if len(parts) == 1 else opset.add(*parts, name=name("parts")), "correction")
-            bias = _bias_port(consumers, layer.out_features) if call.channel_axis == -1 else None
+            bias = bias_port(consumers, layer.out_features) if call.channel_axis == -1 else None
             if bias is not None:  # constants fold when the model is compiled: nothing is added at run time
                 bias.replace_source_output(opset.add(bias.get_source_output(), vector, name=name("bias")).output(0))
             else:
@@ -482,7 +485,7 @@ class _Inserter:
             return
         for consumer in consumers:
             consumer.replace_source_output(output.output(0))
-        _move_names(first, output.output(0), consumers)
+        move_names(first, output.output(0), consumers)
 
     def _decode_flag(self, source: Any, call: Call, name: Any) -> ov.Node:
         """
@@ -526,7 +529,7 @@ def _copy_of(node: ov.Node, source: Any, number: int) -> ov.Node:
     return opset.multiply(source, scale_of(node), attributes["auto_broadcast"].upper(), name=name)
 
 
-def _bias_port(consumers: list[Any], out_features: int) -> Any:
+def bias_port(consumers: list[Any], out_features: int) -> Any:
     """The port of a constant bias [OC] of the one addition that reads a product; None where there is none."""
     if len(consumers) != 1:
         return None
@@ -553,13 +556,33 @@ def _name_of(owner: str) -> Any:
     return lambda kind: f"{owner}{MARK}{kind}"
 
 
+def is_deployed(graph: ov.Model) -> bool:
+    """Whether operations that skip weights stand in a graph, see ``sparse_op``."""
+    return graph.has_rt_info(DEPLOYED) and graph.get_rt_info(DEPLOYED).astype(str) != "no"
+
+
+def require_simulated(graph: ov.Model) -> None:
+    """
+    :raises nncf.ValidationError: the model is deployed, so that its pruning is not in plain nodes.
+    """
+    if is_deployed(graph):
+        msg = "The OpenVINO model is deployed; take it back with scap_nncf.undeploy(model) before its pruning is changed."
+        raise nncf.ValidationError(msg)
+
+
+def decode_flag(graph: ov.Model, call: Call, layer_name: str) -> Any:
+    """A boolean scalar output: tokens come alone; one for all layers of a decoder."""
+    return _Inserter(graph, decode_only=True)._decode_flag(call.source, call, _name_of(layer_name)).output(0)
+
+
 def require_pruned(model: Any) -> Plan:
     """
     The plan of a sparse model.
 
-    :raises nncf.ValidationError: the model is dense, or its pruning is switched off.
+    :raises nncf.ValidationError: the model is dense, deployed, or its pruning is switched off.
     """
     graph = ir_of(model)
+    require_simulated(graph)
     plan = read_plan(graph)
     if plan is None or not is_enabled(graph):
         why = "has no activation sparsity" if plan is None else "has its pruning switched off; enable it"

@@ -53,6 +53,12 @@ def add_scap_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--length", metavar="N", type=int, default=256, help="Tokens a sample. Default: 256.")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="Of the choice of samples.")
     group.add_argument("--plan", metavar="DIR", help="Take a saved plan instead of calibrating.")
+    group.add_argument(
+        "--runtime",
+        choices=["any", "cpu"],
+        default="any",
+        help="any (the default): plain operations, which every device runs; cpu: the operation that skips weights.",
+    )
     group.add_argument("--overwrite", action="store_true", help="Replace a folder that scap-nncf wrote earlier.")
 
 
