@@ -2,9 +2,10 @@
 """
 Speed of the OpenVINO operation that skips weights beside the stock CPU plugin: ``scap-nncf bench openvino``.
 
-How it measures: stock runs in each of its settings (precision hint default and f32) and the fastest counts; all ways run
-in turn, round after round, and medians are compared; layers are rotated so that weights come from memory and not from a
-cache; sparsity is that which the operation counted. `best` is the least of all calls, which a busy machine spoils least.
+How it measures: stock runs in each of its settings (precision hint default and f32) and the fastest counts; all ways
+run in turn, round after round, and medians are compared; layers are rotated so that weights come from memory and not
+from a cache; sparsity is that which the operation counted. `best` is the least of all calls, which a busy machine
+spoils least.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class Result:
         lines = [
             f"{self.about.get('cpu')}, {self.about.get('threads')} threads, OpenVINO {self.about.get('openvino')}, "
             f"{self.about.get('isa')}",
-            f"{'what':14} {'weights':8} {'way':7} {'hint':8} {'tokens':>6} {'target':>6} {'real':>5} {'ms':>9} {'best':>9} "
-            f"{'x stock':>8} {'x best':>7}",
+            f"{'what':14} {'weights':8} {'way':7} {'hint':8} {'tokens':>6} {'target':>6} {'real':>5} {'ms':>9} "
+            f"{'best':>9} {'x stock':>8} {'x best':>7}",
         ]
         for row in self.rows:
             ratio, best = self.speedup(row), self.speedup(row, True)
@@ -143,7 +144,9 @@ def about(command: str = "") -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     handle = _extension()
     handle.scap_isa.restype = ctypes.c_char_p
@@ -399,7 +402,9 @@ def chain_model(hidden: int, wide: int, blocks: int, weights: str, group: int = 
         normed = opset.divide(state, scale)
         seeds = range(3 * block, 3 * block + 3)
         gate, up = (
-            opset.matmul(normed, random_weight(hidden, wide, weights, group, seed), False, True, name=_matmul(name, block))
+            opset.matmul(
+                normed, random_weight(hidden, wide, weights, group, seed), False, True, name=_matmul(name, block)
+            )
             for name, seed in zip(("gate_proj", "up_proj"), seeds)
         )
         wide_state = opset.multiply(opset.swish(gate), up)
@@ -441,7 +446,9 @@ def decode(
             teach(core)
         for hint in HINTS:
             model = core.read_model(file)
-            deciders[way, hint] = _Decoder(core.compile_model(model, "CPU", _config(hint)).create_infer_request(), model)
+            deciders[way, hint] = _Decoder(
+                core.compile_model(model, "CPU", _config(hint)).create_infer_request(), model
+            )
     ids = np.asarray(prompt, dtype=np.int64).reshape(1, -1)
     half = ids[:, : max(1, ids.shape[1] - tokens)]
     times: dict[tuple[str, str], list[float]] = {key: [] for key in deciders}
@@ -462,7 +469,9 @@ def decode(
                 least[key] = min(least.get(key, float("inf")), *spent)
     for (way, hint), spent in times.items():
         sparsity = None if way == "stock" else 0.0
-        result.rows.append(Row(name, weights, way, hint, 1, sparsity, realised[way, hint], median(spent), least[way, hint]))
+        result.rows.append(
+            Row(name, weights, way, hint, 1, sparsity, realised[way, hint], median(spent), least[way, hint])
+        )
     for count in prefill:
         text = np.resize(ids, (1, count))
         spent_by: dict[tuple[str, str], list[float]] = {key: [] for key in deciders}

@@ -396,7 +396,7 @@ def demo(
 def build_openvino(
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Build into a folder, to ship it; default: the user's cache."),
+        typer.Option("--output", "-o", metavar="DIR", help="Build into this folder, to ship it; default: the cache."),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -408,7 +408,7 @@ def build_openvino(
     """
     from scap_nncf.kernels.cpu.build import build, target
 
-    with _work(as_json) as out:
+    with work(as_json) as out:
         built = {name: build(name, output) for name in ("cpu", "openvino")}
         result = {name: {"file": str(file), "for": target(name).description} for name, file in built.items()}
         text = "\n".join(f"{row['file']} (for {row['for']})" for row in result.values())

@@ -136,7 +136,6 @@ def openvino(
 ) -> None:
     """The OpenVINO operation that skips weights beside the stock CPU plugin in its best setting."""
     from scap_nncf import bench_openvino
-    from scap_nncf.cli import _work
 
     try:
         sizes = [(int(k), int(n)) for k, n in (item.split("x") for item in _words(shapes))]
@@ -149,7 +148,7 @@ def openvino(
         f"scap-nncf bench openvino {what.value} --shapes {shapes} --formats {formats} --sparsity {sparsity} "
         f"--tokens {tokens} --group {group} --rounds {rounds}"
     )
-    with _work(as_json) as out:
+    with work(as_json) as out:
         if what is What.layers:
             result = bench_openvino.layers(sizes, sparsities=shares, rounds=rounds, command=command, **common)
         else:

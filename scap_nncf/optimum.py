@@ -279,7 +279,7 @@ def export_arguments(
         _refuse_quantisation(given)
         with new_folder(target, overwrite) as partial:
             shutil.copytree(source, partial, dirs_exist_ok=True)
-            _sparsify_folder(partial, algorithm, data, plan, given.task)
+            _sparsify_folder(partial, algorithm, data, plan, given.task, runtime)
         return target
     with new_folder(target, overwrite) as partial:
         given.output = partial

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-``ScapSparseFC`` nodes from Python: making them (needs the compiled extension), and reading a model that has them without it.
+``ScapSparseFC`` nodes from Python: made by the compiled extension, and read without it where there is none.
 """
 
 from __future__ import annotations

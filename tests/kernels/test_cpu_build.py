@@ -89,7 +89,7 @@ def test_new_sources_are_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda *_args, **_kwargs: None)
-    with pytest.raises(BuildError, match="no C\\+\\+ compiler .* apt install g\\+\\+"):
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler .* apt install g\+\+"):
         build("cpu")
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -97,7 +97,7 @@ def test_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(BuildError, match="broken cannot compile .*no such thing"):
+    with pytest.raises(BuildError, match=r"broken cannot compile .*no such thing"):
         build("cpu")
     file = tmp_path / "file"
     file.write_text("")
@@ -112,7 +112,7 @@ def test_prebuilt_library_for_another_openvino(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv(builder.PREBUILT_VARIABLE, str(tmp_path))
     library = tmp_path / wanted.file_name
     library.write_bytes(b"\x7fELF scap-nncf build: openvino 2024.0.0, sources 0, x86_64\0 more")
-    with pytest.raises(BuildError, match="was built for 'openvino 2024.0.0.*build-openvino --output"):
+    with pytest.raises(BuildError, match=r"was built for 'openvino 2024.0.0.*build-openvino --output"):
         build("openvino")
     library.write_bytes(f"\x7fELF scap-nncf build: {wanted.description}\0".encode())
     assert build("openvino") == library

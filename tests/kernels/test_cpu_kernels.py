@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CPU kernels from PyTorch: against float64, in every instruction set, and as deployment of whole models."""
+"""The compiled CPU kernels from PyTorch: against float64, in every instruction set, and in deployed models."""
 
 from __future__ import annotations
 

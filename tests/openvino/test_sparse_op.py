@@ -52,7 +52,9 @@ def fresh(batches: Models, length: int = 19) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("mode", ["zero", "mean"])
 @pytest.mark.parametrize("weights", ["f32", "f16", "int8_asym", "int8_sym", "int4_sym", "int4_asym"])
-def test_same_numbers_in_every_format(weights: str, mode: str, read_ir: Models, run_ir: Models, batches: Models, tmp_path: Path) -> None:  # fmt: skip
+def test_same_numbers_in_every_format(
+    weights: str, mode: str, read_ir: Models, run_ir: Models, batches: Models, tmp_path: Path
+) -> None:
     model = read_ir()
     if weights == "f16":
         ov.save_model(model, tmp_path / "half.xml", compress_to_fp16=True)
@@ -274,7 +276,7 @@ def test_damaged_ir_is_refused(old: str, new: str, read_ir: Models, batches: Mod
     text = (folder / "openvino_model.xml").read_text()
     assert old in text
     (folder / "openvino_model.xml").write_text(text.replace(old, new))
-    with pytest.raises(RuntimeError, match="ScapSparseFC|layer|attribute"):
+    with pytest.raises(RuntimeError, match=r"ScapSparseFC|layer|attribute"):
         scap_nncf.load_openvino(folder)
 
 

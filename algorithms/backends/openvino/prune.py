@@ -566,13 +566,13 @@ def require_simulated(graph: ov.Model) -> None:
     :raises nncf.ValidationError: the model is deployed, so that its pruning is not in plain nodes.
     """
     if is_deployed(graph):
-        msg = "The OpenVINO model is deployed; take it back with scap_nncf.undeploy(model) before its pruning is changed."
+        msg = "The OpenVINO model is deployed; undeploy(model) takes it back, then its pruning can be changed."
         raise nncf.ValidationError(msg)
 
 
 def decode_flag(graph: ov.Model, call: Call, layer_name: str) -> Any:
     """A boolean scalar output: tokens come alone; one for all layers of a decoder."""
-    return _Inserter(graph, decode_only=True)._decode_flag(call.source, call, _name_of(layer_name)).output(0)
+    return _Inserter(graph, True, {})._decode_flag(call.source, call, _name_of(layer_name)).output(0)
 
 
 def require_pruned(model: Any) -> Plan:

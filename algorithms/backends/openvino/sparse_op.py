@@ -110,7 +110,9 @@ def rewrite(model: Any, crossover: Mapping[str, float]) -> Rewritten:
                 layer = _read(site, layer_plan, found[layer_plan.name])
                 least = crossover[layer.format]
                 if layer_plan.sparsity < least:
-                    msg = f"its sparsity of {layer_plan.sparsity:.0%} is below {least:.0%}, where skipping begins to pay"
+                    msg = (
+                        f"its sparsity of {layer_plan.sparsity:.0%} is below {least:.0%}, where skipping begins to pay"
+                    )
                     raise CannotServe(msg)
             except CannotServe as error:
                 done.left[layer_plan.name] = str(error)
@@ -171,8 +173,8 @@ def _read(site: SitePlan, plan: LayerPlan, layer: FcLayer) -> _Layer:
     port = call.node.input(0)
     while port.get_node().get_name() != call.entry.get_node().get_name():
         before = port.get_source_output().get_node()
-        if before.get_type_name() == "Multiply":
-            msg = "a scale of AWQ lies between pruning and product"
+        if before.get_type_name() != "Reshape":  # a scale of AWQ, or activations that are quantised
+            msg = f"{before.get_type_name()} lies between pruning and product"
             raise CannotServe(msg)
         port = before.input(0)
     return _read_weight(site.mode, plan, call)
@@ -218,7 +220,9 @@ def _read_weight(mode: float, plan: LayerPlan, call: Call) -> _Layer:
     shape = stock["shape"]
     _check_matrix(stock.get("reshape", shape), plan, transposed)
     group = _group(shape, stock["scale_shape"], plan, transposed)
-    if scale.get_element_type() not in _FLOATS or (zero is not None and zero.get_element_type() != values.get_element_type()):
+    if scale.get_element_type() not in _FLOATS or (
+        zero is not None and zero.get_element_type() != values.get_element_type()
+    ):
         msg = "its scales or zero points have another type than NNCF gives them"
         raise CannotServe(msg)
     if zero is not None and stock["zero_shape"] != stock["scale_shape"]:
@@ -252,7 +256,10 @@ def _check_matrix(shape: list[int], plan: LayerPlan, transposed: bool) -> None:
 
 
 def _group(shape: list[int], scale: list[int], plan: LayerPlan, transposed: bool) -> int:
-    """Input channels a scale; [N, K] with [N, 1], [N, G, g] with [N, G, 1], or [K, N] with [1, N], [G, g, N], [G, 1, N]."""
+    """
+    Input channels a scale, of [N, K] with [N, 1], [N, G, g] with [N, G, 1], [K, N] with [1, N], or [G, g, N] with
+    [G, 1, N].
+    """
     k, n = plan.in_features, plan.out_features
     if transposed:
         known = {(2, (1, n)): k} if len(shape) == 2 else {(3, (shape[0], 1, n)): shape[1]}
@@ -501,9 +508,7 @@ def _stock_weight(stock: dict[str, Any], weight: Any, scale: Any, zero: Any) -> 
         if zero is not None:
             points = _typed(zero, stock["zero_shape"], stock["type"])
             points.set_friendly_name(f"{stock['name']}/zero_point")
-            value = opset.subtract(
-                value, opset.convert(points, compute), name=f"{stock['name']}/zero_point/subtract"
-            )
+            value = opset.subtract(value, opset.convert(points, compute), name=f"{stock['name']}/zero_point/subtract")
         factor: Any = _typed(scale, stock["scale_shape"], stock["scale_type"])
         factor.set_friendly_name(f"{stock['name']}/scale")
         if stock.get("scale_convert"):
