@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import nncf
@@ -18,12 +18,15 @@ from nncf.tensor import Tensor
 from torch import nn
 
 from scap_nncf.algorithms.backends.torch import experts
+from scap_nncf.algorithms.backends.torch.blockwise import BlockWalk, Finished, Keeper
 from scap_nncf.algorithms.backends.torch.examples import with_decoder_inputs
 from scap_nncf.algorithms.backends.torch.layers import input_argument
 from scap_nncf.algorithms.backends.torch.prune import correction
 from scap_nncf.algorithms.backends.torch.prune_experts import ExpertsPruner
-from scap_nncf.algorithms.backends.torch.run import attention_mask, evaluation, forward_sample
+from scap_nncf.algorithms.backends.torch.run import attention_mask, evaluation, forward_sample, without_cache
 from scap_nncf.algorithms.plan import SitePlan
+from scap_nncf.algorithms.processes import ALONE, Processes
+from scap_nncf.algorithms.scap.gather import merge_histograms
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 from scap_nncf.algorithms.scap.pooling import shrink
 from scap_nncf.algorithms.scap.statistics import HistogramStatistic
@@ -221,6 +224,9 @@ def collect_sequential(
     points: StatisticPointsContainer,
     samples: Sequence[Any],
     decide: Callable[[Site, ActivationHistogram], SitePlan],
+    processes: Processes = ALONE,
+    by_block: bool = False,
+    keeper: Keeper | None = None,
 ) -> int:
     """
     Calibrate site after site, each on the pruned output of the sites before it, as the reference implementation does.
@@ -234,10 +240,13 @@ def collect_sequential(
     :param sites: in the order of execution.
     :param points: one statistic point a site; the statistics are left in its collectors.
     :param decide: gives the plan of a site from its histogram.
+    :param processes: decide from the histograms of all of them; each has its own samples, or none.
+    :param by_block: hold the weights of one block at a time.
+    :param keeper: keeps what a later process can go on from, between blocks.
     :return: number of samples.
     :raises nncf.ValidationError: as :func:`collect`.
     """
-    if not samples:
+    if not samples and processes.count == 1:
         raise nncf.ValidationError(EMPTY_DATASET)
     with evaluation(model):
         samples = [with_decoder_inputs(model, sample, f"sample {index}") for index, sample in enumerate(samples)]
@@ -247,7 +256,9 @@ def collect_sequential(
     members: dict[str, list[Site]] = {}
     for site in sites:
         members.setdefault(stop_of[site.name], []).append(site)
-    lockstep = _Lockstep({stop: index for index, stop in enumerate(members)})
+    walk = BlockWalk(model, sites, len(samples), keeper) if by_block else None
+    stops = list(members) if walk is None else walk.with_stops(members)
+    lockstep = _Lockstep({stop: index for index, stop in enumerate(stops)})
     recorder = _Recorder(points)
     decided: dict[str, SitePlan] = {}
     corrections: dict[str, torch.Tensor] = {}
@@ -273,12 +284,18 @@ def collect_sequential(
     def run(index: int, sample: Any) -> None:
         with torch.no_grad():
             recorder.begin(f"sample {index}", attention_mask(sample))
-            forward_sample(model, sample, f"sample {index}")
+            with suppress(Finished):
+                forward_sample(model, sample, f"sample {index}")
 
     handles = []
     stages: list[tuple[nn.Module, experts.Stage]] = []
-    with evaluation(model):
+    with ExitStack() as stack:
+        stack.enter_context(evaluation(model))
+        stack.enter_context(without_cache(model))
         try:
+            if walk is not None:
+                walk.resume()
+                stack.enter_context(walk.attached(lockstep.current_job, lockstep.wait_at))
             for name in dict.fromkeys(fused[site.name].module_name for site in sites if site.name in fused):
                 stages.append((model.get_submodule(name), _ExpertsInSequence(model, name, recorder, lockstep, decided)))
                 experts.attach(*stages[-1])
@@ -291,10 +308,16 @@ def collect_sequential(
                     handles.append(module.register_forward_pre_hook(pre_hook, prepend=True, with_kwargs=True))
                     handles.append(module.register_forward_hook(post_hook))
             jobs = [lambda index=index, sample=sample: run(index, sample) for index, sample in enumerate(samples)]
-            for stop in track(lockstep.run(jobs), total=len(members), description="Calibrating sites in sequence"):
+            exchange = processes.exchange if processes.count > 1 else None
+            order = lockstep.run(jobs, exchange)
+            for stop in track(order, total=len(stops), description="Calibrating sites in sequence"):
+                if stop not in members:
+                    assert walk is not None
+                    walk.enter(stop)
+                    continue
                 together = members[stop]
                 histograms = {site.name: _histogram(recorder.collectors[site.name]) for site in together}
-                histograms = shrink(together, histograms)
+                histograms = shrink(together, merge_histograms(histograms, processes))
                 for site in together:
                     if not histograms[site.name].total:  # a call without rows, or with padding alone
                         continue
@@ -308,6 +331,44 @@ def collect_sequential(
                 experts.detach(module, stage)
             for handle in handles:
                 handle.remove()
+    return len(samples)
+
+
+def collect_by_block(
+    model: nn.Module,
+    sites: Sequence[Site],
+    points: StatisticPointsContainer,
+    samples: Sequence[Any],
+    keeper: Keeper | None = None,
+) -> int:
+    """
+    As :func:`collect`, with the weights of one block in memory at a time: each is read once for all samples.
+
+    :param keeper: keeps what a later process can go on from, between blocks.
+    :return: number of samples.
+    :raises nncf.ValidationError: as :func:`collect`.
+    """
+    if not samples:
+        raise nncf.ValidationError(EMPTY_DATASET)
+    walk = BlockWalk(model, sites, len(samples), keeper)
+    lockstep = _Lockstep({name: index for index, name in enumerate(walk.names)})
+    recorder = _Recorder(points)
+
+    def run(index: int, sample: Any) -> None:
+        with torch.no_grad(), suppress(Finished):
+            recorder.begin(f"sample {index}", attention_mask(sample))
+            forward_sample(model, sample, f"sample {index}")
+
+    start = walk.resume()
+    jobs = [lambda index=index, sample=sample: run(index, sample) for index, sample in enumerate(samples)]
+    with ExitStack() as stack:
+        stack.enter_context(evaluation(model))
+        stack.enter_context(without_cache(model))
+        stack.enter_context(recorder.attached(model))
+        stack.enter_context(walk.attached(lockstep.current_job, lockstep.wait_at))
+        stack.callback(lockstep.stop)
+        for name in track(lockstep.run(jobs), total=len(walk.names) - start, description="Calibrating block by block"):
+            walk.enter(name)
     return len(samples)
 
 
@@ -375,8 +436,18 @@ class _Lockstep:
                 raise _Stopped
             del self._waiting[job]
 
-    def run(self, jobs: Sequence[Callable[[], None]]) -> Iterator[str]:
-        """Yields each point once all jobs that pass it wait there; going on releases them."""
+    def current_job(self) -> int:
+        """The job that calls."""
+        return self._local.job
+
+    def run(
+        self, jobs: Sequence[Callable[[], None]], exchange: Callable[[Any], list[Any]] | None = None
+    ) -> Iterator[str]:
+        """
+        Yields each point once all jobs that pass it wait there; going on releases them.
+
+        :param exchange: tells other processes the next point of this one: all of them yield the first of all.
+        """
         for job, work in enumerate(jobs):
             thread = threading.Thread(target=self._work, args=(job, work), daemon=True)
             self._threads.append(thread)
@@ -385,8 +456,14 @@ class _Lockstep:
                 thread.start()
                 self._lock.wait_for(lambda: self._running is None)
             self._raise()
-        while self._waiting:
-            point = min(self._waiting.values(), key=self._order.__getitem__)
+        points = list(self._order)
+        while True:
+            position = min((self._order[place] for place in self._waiting.values()), default=len(points))
+            if exchange is not None:
+                position = min(exchange(position))
+            if position == len(points):
+                return
+            point = points[position]
             yield point
             for job in [job for job, place in self._waiting.items() if place == point]:
                 with self._lock:

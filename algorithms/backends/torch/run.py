@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ import nncf
 import numpy as np
 import torch
 from torch import nn
+
+from scap_nncf.algorithms.backends.torch.residency import execution_device
 
 
 @contextmanager
@@ -27,12 +30,26 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """No keys and values are kept while the model runs: nothing is generated, and they would be of all blocks."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before:
+            config.use_cache = before
+
+
 def model_device(model: nn.Module) -> torch.device:
-    """Device of the first parameter or buffer; CPU where there is none."""
-    tensor = next(model.parameters(), None)
-    if tensor is None:
-        tensor = next(model.buffers(), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    """Device of the first parameter or buffer that is in memory; CPU where there is none."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.device.type != "meta":  # where accelerate keeps weights that it fetches for each call
+            return tensor.device
+    return execution_device(model) or torch.device("cpu")
 
 
 def to_device(value: Any, device: torch.device) -> Any:
