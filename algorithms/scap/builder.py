@@ -27,7 +27,7 @@ from scap_nncf.algorithms.quantization.config import describe
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.config import Scap
 from scap_nncf.algorithms.scap.controller import ScapController
-from scap_nncf.algorithms.scap.gather import gather, share_samples
+from scap_nncf.algorithms.scap.gather import gather, gather_in_sequence, share_samples, walks_by_block
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 from scap_nncf.algorithms.scap.pooling import shrink
 from scap_nncf.algorithms.scap.site_plan import plan_site, site_mode
@@ -100,10 +100,11 @@ class ScapBuilder(CompressionBuilder):
         points = backend.statistic_points(sites, make_collector)
         costs = None
         processes = current_processes()
-        if wants_prices(config.allocation, config.sparsity):
+        by_block = walks_by_block(backend, model, config.block_by_block)
+        if wants_prices(config.allocation, config.sparsity) and not self._does_without_prices(backend, model):
             kept = Kept(samples, config.allocation_samples)
             share = share_samples(kept, model, sites, processes)
-            count = gather(backend, model, sites, points, share, kept.total, processes)
+            count = gather(backend, model, sites, points, share, kept.total, processes, by_block)
             dense = shrink(sites, backend.histograms_of(points))
             modes = {site.name: site_mode(site, dense[site.name], targets, config.mode)[0] for site in sites}
             costs = self._prices(model, sites, dense, modes, kept.kept())
@@ -111,7 +112,7 @@ class ScapBuilder(CompressionBuilder):
                 points = backend.statistic_points(sites, make_collector)
         elif not config.sequential:
             share = share_samples(samples, model, sites, processes)
-            count = gather(backend, model, sites, points, share, samples.total, processes)
+            count = gather(backend, model, sites, points, share, samples.total, processes, by_block)
         targets = allocate(choose(config.allocation, config.sparsity, sites, costs), targets, sites, costs)
         if config.sequential:
 
@@ -120,10 +121,31 @@ class ScapBuilder(CompressionBuilder):
                 assert plan is not None  # sites without a target were left out above
                 return plan
 
-            count = backend.collect_sequential(model, sites, points, data, decide)
+            if hasattr(backend, "collect_by_block"):
+                share = share_samples(Samples(data), model, sites, processes)
+                key = {"targets": targets, "mode": config.mode}
+                count = gather_in_sequence(backend, model, sites, points, share, decide, processes, by_block, key)
+            else:  # each process runs all samples: a graph cannot wait for the others at a site
+                count = backend.collect_sequential(model, sites, points, data, decide)
         calibration = CalibrationStatistics(sites, backend.histograms_of(points), count, costs)
         plan = make_plan(calibration, config)
         return (plan if mitigation is None else mitigate(model, plan, mitigation, data)), calibration
+
+    def _does_without_prices(self, backend: Any, model: Any) -> bool:
+        """
+        Whether weights are fetched for each call, so that no gradient flows through them.
+
+        :raises nncf.UnsupportedModelError: prices were asked for by name.
+        """
+        if not getattr(backend, "is_offloaded", lambda _model: False)(model):
+            return False
+        if self.config.allocation == "fisher":
+            msg = (
+                "allocation='fisher' needs gradients, which do not flow through weights that accelerate fetches from "
+                "disk or main memory. Use allocation='profile' or 'uniform', or a plan made where the model fits."
+            )
+            raise nncf.UnsupportedModelError(msg)
+        return True
 
     def _prices(
         self,

@@ -46,6 +46,9 @@ class Scap:
     :param prune: ``all`` prunes every token; ``decode`` leaves prompts dense and prunes tokens that come alone.
     :param sequential: calibrate every site with the pruned output of the sites before it, as the reference
         implementation does. False takes all statistics from the dense model in one streaming pass.
+    :param block_by_block: calibrate with the weights of one block in memory at a time, all samples advancing from block
+        to block. None does so where accelerate keeps weights on disk or in main memory (``device_map``,
+        ``cpu_offload``), so that each is fetched once and not once a sample. The plan is the same.
     :param roles: only layers that this selector, or one of these, names may be pruned.
     :param ignored_scope: layers to leave dense, by module name, regular expression or class name.
     :param mitigation: error mitigation on top of the thresholds: a :class:`scap_nncf.Mitigation`, or names such as
@@ -61,6 +64,7 @@ class Scap:
     refine: Refine | None = None
     prune: str = "all"
     sequential: bool = False
+    block_by_block: bool | None = None
     roles: str | Sequence[str] | None = None
     ignored_scope: nncf.IgnoredScope | None = None
     subset_size: int | None = 128
@@ -71,6 +75,9 @@ class Scap:
             object.__setattr__(self, "roles", (self.roles,))
         sparsity_spec.parse(self.sparsity)
         check_mode_method(self.mode)
+        if self.block_by_block not in (None, True, False):
+            msg = f"block_by_block must be True, False or None, got {self.block_by_block!r}."
+            raise nncf.ValidationError(msg)
         check_prune(self.prune)
         check_allocation(self.allocation)
         mitigation = as_mitigation(self.mitigation)

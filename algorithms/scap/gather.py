@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import nncf
@@ -52,15 +53,24 @@ def gather(
     samples: Iterable[Any],
     total: int | None,
     processes: Processes,
+    by_block: bool = False,
 ) -> int:
     """
     Statistics of the dense model, left in the collectors of `points`: those of all processes in each of them.
 
     :param samples: this process's share.
     :param total: number of samples of all processes, for the progress bar.
+    :param by_block: hold the weights of one block at a time, see :func:`walks_by_block`.
     :return: number of samples of all processes.
     """
     work = unfinished()
+    if by_block:
+        own = list(samples)
+        with processes.together():
+            if own or processes.count == 1:
+                _collect_by_block(backend, model, sites, points, own, processes)
+        merge_points(points, processes)
+        return sum(processes.exchange(len(own)))
     counter = _Counter(samples)
     with processes.together():
         stream: Any = iter(counter)
@@ -71,12 +81,84 @@ def gather(
         if first is not _END or (processes.count == 1 and not counter.count):
             rest = itertools.chain([first], stream) if first is not _END else iter(())
             share = None if total is None else -(-total // processes.count)
-            try:
+            with _memory_explained():
                 backend.collect(model, points, rest, share)
-            except torch.OutOfMemoryError as error:
-                raise torch.OutOfMemoryError(_OUT_OF_MEMORY) from error
     merge_points(points, processes)
     return sum(processes.exchange(counter.count))
+
+
+def _collect_by_block(
+    backend: Any,
+    model: Any,
+    sites: Sequence[Site],
+    points: StatisticPointsContainer,
+    samples: Sequence[Any],
+    processes: Processes,
+) -> None:
+    work = unfinished()
+    keeper = None
+    if work is not None:
+        key = {**model_key(model, sites), "calibration": "block by block"}
+        keeper = Journal(work, sites, points, key, processes).keeper(samples)
+    with _memory_explained():
+        backend.collect_by_block(model, sites, points, samples, keeper)
+
+
+def gather_in_sequence(
+    backend: Any,
+    model: Any,
+    sites: Sequence[Site],
+    points: StatisticPointsContainer,
+    samples: Iterable[Any],
+    decide: Callable[[Site, ActivationHistogram], Any],
+    processes: Processes,
+    by_block: bool,
+    key: Mapping[str, Any],
+) -> int:
+    """
+    Statistics of each site on the pruned output of those before it, left in the collectors of `points`.
+
+    :param samples: this process's share.
+    :param decide: gives the plan of a site from the histogram of all processes.
+    :param key: the settings that `decide` depends on.
+    :return: number of samples of all processes.
+    """
+    own = list(samples)
+    keeper = None
+    with processes.together():
+        work = unfinished()
+        # several processes may have been killed at different blocks, and decide together: they start anew
+        if work is not None and by_block and processes.count == 1:
+            described = {**model_key(model, sites), "calibration": "sequential", **key}
+            keeper = Journal(work, sites, points, described, processes).keeper(own)
+        with _memory_explained():
+            backend.collect_sequential(
+                model, sites, points, own, decide, processes=processes, by_block=by_block, keeper=keeper
+            )
+    merge_points(points, processes)
+    return sum(processes.exchange(len(own)))
+
+
+def walks_by_block(backend: Any, model: Any, asked: bool | None) -> bool:
+    """
+    Whether to calibrate with the weights of one block at a time.
+
+    :param asked: what the user said; None where weights are not in memory.
+    :raises nncf.ParameterNotSupportedError: asked for, and the backend cannot.
+    """
+    able = hasattr(backend, "collect_by_block")
+    if asked and not able:
+        msg = "block_by_block=True is for PyTorch models; OpenVINO maps the weights of a model from its file as it is."
+        raise nncf.ParameterNotSupportedError(msg)
+    return able and (backend.is_offloaded(model) if asked is None else asked)
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(_OUT_OF_MEMORY) from error
 
 
 _END = object()

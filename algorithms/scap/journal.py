@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nncf
 import numpy as np
@@ -38,6 +38,9 @@ from scap_nncf.algorithms.processes import Processes
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.statistics import add_histogram, histogram_of
 from scap_nncf.algorithms.sites import Site
+
+if TYPE_CHECKING:
+    from scap_nncf.algorithms.backends.torch.blockwise import Keeper
 
 DEFAULT_INTERVAL = 60.0  # seconds; what a crash can cost. Writing 200 sites takes some 50 ms.
 
@@ -145,28 +148,67 @@ class Journal:
                 self._write(count, digest.hexdigest())
                 last = time.monotonic()
 
+    def keeper(self, samples: Sequence[Any]) -> Keeper:
+        """
+        What keeps the state of a walk from block to block, and has that of an earlier process: the statistics are those
+        of all samples in the blocks before, and the hidden states lie beside them.
+        """
+        from scap_nncf.algorithms.backends.torch.blockwise import Keeper
+
+        running = hashlib.sha256()
+        for sample in samples:
+            add_to_digest(running, sample)
+        digest = running.hexdigest()
+        last = time.monotonic()
+
+        def due() -> bool:
+            return time.monotonic() - last >= self._every
+
+        def save(block: int, kind: int) -> None:
+            nonlocal last
+            self._write(len(samples), digest, block=str(block), kind=str(kind))
+            last = time.monotonic()
+
+        folder = self._file.with_suffix("")
+        counted, known, note = self._read_note()
+        if counted != len(samples) or known != digest or "block" not in note:
+            return Keeper(folder, save, due)
+        state = (int(note["block"]), int(note["kind"]))
+        keeper = Keeper(folder, save, due, state)
+        if not keeper.is_complete(len(samples)):
+            nncf_logger.warning(f"Hidden states beside {self._file} are missing; calibrating from the start.")
+            return Keeper(folder, save, due)
+        self._restore()
+        nncf_logger.info(f"Going on before block {state[0]}, with what was calibrated before.")
+        return keeper
+
     def _read(self) -> tuple[int, str]:
+        return self._read_note()[:2]
+
+    def _read_note(self) -> tuple[int, str, dict[str, str]]:
+        """Number of samples, their digest and the note of the unfinished file; (0, "", {}) where there is none."""
         if not self._file.is_file():
-            return 0, ""
+            return 0, "", {}
         try:
             statistics, note = CalibrationStatistics.read_unfinished(self._file)
             if note["key"] != self._key or statistics.sites != self._sites:
-                return 0, ""
-        except (nncf.ValidationError, KeyError) as error:
+                return 0, "", {}
+            int(note.get("block", 0)), int(note.get("kind", 0))
+            return statistics.samples, note["digest"], note
+        except (nncf.ValidationError, KeyError, ValueError) as error:
             nncf_logger.warning(f"Unfinished calibration cannot be taken up, calibrating from the start: {error}")
-            return 0, ""
-        return statistics.samples, note["digest"]
+            return 0, "", {}
 
     def _restore(self) -> None:
         statistics, _ = CalibrationStatistics.read_unfinished(self._file)
         for site in self._sites:
             add_histogram(self._collectors[site.name], statistics.histograms[site.name])
 
-    def _write(self, samples: int, digest: str) -> None:
+    def _write(self, samples: int, digest: str, **more: str) -> None:
         histograms = {site.name: histogram_of(self._collectors[site.name]) for site in self._sites}
         statistics = CalibrationStatistics(self._sites, histograms, samples)
         try:
-            write_atomically(self._file, statistics.to_bytes(note={"key": self._key, "digest": digest}))
+            write_atomically(self._file, statistics.to_bytes(note={"key": self._key, "digest": digest, **more}))
         except nncf.ValidationError as error:
             if not self._warned:  # a full disk must not end the work that it could not protect
                 nncf_logger.warning(f"Calibration goes on, but could not be resumed: {error}")

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch backend: sites from a watched forward pass, statistics and pruning through module hooks."""
 
-from scap_nncf.algorithms.backends.torch.collect import collect, collect_sequential, histograms_of, statistic_points
+from scap_nncf.algorithms.backends.torch.collect import (
+    collect,
+    collect_by_block,
+    collect_sequential,
+    histograms_of,
+    statistic_points,
+)
 from scap_nncf.algorithms.backends.torch.discover import inspect_model
 from scap_nncf.algorithms.backends.torch.fisher import collect_costs
 from scap_nncf.algorithms.backends.torch.layers import shapes_of
@@ -16,6 +22,7 @@ from scap_nncf.algorithms.backends.torch.prune import (
     working_copy,
 )
 from scap_nncf.algorithms.backends.torch.refine import train_biases
+from scap_nncf.algorithms.backends.torch.residency import is_offloaded
 from scap_nncf.algorithms.backends.torch.train import shifted_histograms, train_mitigation
 from scap_nncf.algorithms.backends.torch.weights import dense_matrix as dense_weight
 
@@ -25,6 +32,7 @@ GRADIENTS = True
 __all__ = [
     "GRADIENTS",
     "collect",
+    "collect_by_block",
     "collect_costs",
     "collect_sequential",
     "counts",
@@ -32,6 +40,7 @@ __all__ = [
     "histograms_of",
     "insert",
     "inspect_model",
+    "is_offloaded",
     "remove",
     "reset_counts",
     "set_enabled",

@@ -311,6 +311,11 @@ class Keeper:
         """(block to start with, kind of output), (0, None) where there is nothing."""
         return (0, None) if self._state is None else self._state
 
+    def is_complete(self, samples: int) -> bool:
+        """Whether the hidden states of all samples are there."""
+        folder = self._boundary(self.found()[0])
+        return all((folder / f"{job}.safetensors").is_file() for job in range(samples))
+
     def hidden(self, job: int) -> torch.Tensor:
         """The hidden state of a sample before the block to start with."""
         return load_file(self._boundary(self.found()[0]) / f"{job}.safetensors")["hidden"]

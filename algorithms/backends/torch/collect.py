@@ -391,9 +391,7 @@ class _ExpertsInSequence(experts.Stage):
             self._lockstep.wait_at(pool)
         if projection not in self._pruners:
             planned = [layer for layer in known if layer.name in self._decided]
-            found = [
-                (layer, self._decided[layer.name], self._decided[layer.name].layers[0]) for layer in planned
-            ]
+            found = [(layer, self._decided[layer.name], self._decided[layer.name].layers[0]) for layer in planned]
             self._pruners[projection] = ExpertsPruner.of_plan(self._model, self._name, found, decode_only=False)
         return self._pruners[projection].before(projection, x, rows)
 

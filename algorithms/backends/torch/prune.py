@@ -25,6 +25,7 @@ from torch import nn
 from scap_nncf.algorithms.backends.torch import experts
 from scap_nncf.algorithms.backends.torch.layers import input_argument
 from scap_nncf.algorithms.backends.torch.prune_experts import ExpertsPruner
+from scap_nncf.algorithms.backends.torch.residency import execution_device
 from scap_nncf.algorithms.backends.torch.weights import column_sums, layer_bias, project
 from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan, Vector
 from scap_nncf.kernels.reference import prune, prune_nm, token_shift, variance_factor
@@ -252,7 +253,8 @@ def attach(module: nn.Module, pruner: Pruner, buffers: Mapping[str, torch.Tensor
     """Hook a pruner onto its FC module, with what its hooks read (see ``BUFFERS``)."""
     module.register_forward_pre_hook(pruner.pre_hook, with_kwargs=True)
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    device = tensors[0].device if tensors else torch.device("cpu")
+    # an offloaded module's weights have no device of their own between calls
+    device = execution_device(module) or (tensors[0].device if tensors else torch.device("cpu"))
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     for name, value in buffers.items():
         value = value.to(device, dtype if name == CORRECTION else None)

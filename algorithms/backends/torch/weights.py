@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from scap_nncf.algorithms.backends.torch.layers import layer_module
+from scap_nncf.algorithms.backends.torch.residency import is_offloaded, resident
 
 
 def column_sums(model: nn.Module, name: str) -> torch.Tensor:
@@ -24,6 +25,9 @@ def column_sums(model: nn.Module, name: str) -> torch.Tensor:
     :return: float32 [out_features] on the layer's device.
     """
     module = model.get_submodule(name)
+    if is_offloaded(module):
+        with resident(module):
+            return column_sums(model, name)
     weight = getattr(module, "weight", None)
     if _is_wrapped(model) and isinstance(weight, torch.Tensor):
         return _nncf_column_sums(model, name, weight)
