@@ -350,6 +350,8 @@ def collect_by_block(
     """
     if not samples:
         raise nncf.ValidationError(EMPTY_DATASET)
+    with evaluation(model):
+        samples = [with_decoder_inputs(model, sample, f"sample {index}") for index, sample in enumerate(samples)]
     walk = BlockWalk(model, sites, len(samples), keeper)
     lockstep = _Lockstep({name: index for index, name in enumerate(walk.names)})
     recorder = _Recorder(points)
