@@ -63,6 +63,7 @@ def compress(folder: Path, family: str = "llama", samples: int = 7, stream: bool
         (3, {"stream": True, "sparsity": {"ffn": 0.6}, "mode": "median"}),
         (3, {"samples": 2}),  # the third has none
         (2, {"family": "opt"}),
+        (2, {"allocation": "fisher", "allocation_samples": 3}),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(value) or "dense",
 )
@@ -99,11 +100,11 @@ def test_single_process_calibrates_on_all_it_is_given(tmp_path: Path) -> None:
         assert processes.current().count == 2
         with scap_nncf.single_process():
             data = make_batches(4, batch=1)[2 * rank : 2 * rank + 2]
-            scap_nncf.calibrate(build_tiny_model(), dataset=data).save(tmp_path / str(rank))
+            scap_nncf.calibrate(build_tiny_model(), dataset=data, allocation="uniform").save(tmp_path / str(rank))
 
     assert in_processes(2, tmp_path / "group", own_data) == ["", ""]
     parts = [scap_nncf.CalibrationStatistics.load(tmp_path / str(rank)) for rank in (1, 0)]
-    whole = scap_nncf.calibrate(build_tiny_model(), dataset=make_batches(4, batch=1))
+    whole = scap_nncf.calibrate(build_tiny_model(), dataset=make_batches(4, batch=1), allocation="uniform")
     assert parts[0].merge(parts[1]).to_bytes() == whole.to_bytes()
 
 

@@ -285,13 +285,12 @@ def collect_sequential(
         with torch.no_grad():
             recorder.begin(f"sample {index}", attention_mask(sample))
             with suppress(Finished):
-                forward_sample(model, sample, f"sample {index}")
+                forward_sample(model, without_cache(model, sample), f"sample {index}")
 
     handles = []
     stages: list[tuple[nn.Module, experts.Stage]] = []
     with ExitStack() as stack:
         stack.enter_context(evaluation(model))
-        stack.enter_context(without_cache(model))
         try:
             if walk is not None:
                 walk.resume()
@@ -359,13 +358,12 @@ def collect_by_block(
     def run(index: int, sample: Any) -> None:
         with torch.no_grad(), suppress(Finished):
             recorder.begin(f"sample {index}", attention_mask(sample))
-            forward_sample(model, sample, f"sample {index}")
+            forward_sample(model, without_cache(model, sample), f"sample {index}")
 
     start = walk.resume()
     jobs = [lambda index=index, sample=sample: run(index, sample) for index, sample in enumerate(samples)]
     with ExitStack() as stack:
         stack.enter_context(evaluation(model))
-        stack.enter_context(without_cache(model))
         stack.enter_context(recorder.attached(model))
         stack.enter_context(walk.attached(lockstep.current_job, lockstep.wait_at))
         stack.callback(lockstep.stop)

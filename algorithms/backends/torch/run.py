@@ -30,20 +30,6 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """No keys and values are kept while the model runs: nothing is generated, and they would be of all blocks."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if before:
-            config.use_cache = before
-
-
 def model_device(model: nn.Module) -> torch.device:
     """Device of the first parameter or buffer that is in memory; CPU where there is none."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
