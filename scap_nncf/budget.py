@@ -179,19 +179,8 @@ def meet(
                 return rise
 
             sparsity, loss = most_sparsity(measure, float(budget.max_loss), budget.tolerance)
-        elif budget.bytes is not None:
-            share = float(budget.bytes)
-            found = least_sparsity(lambda s: traffic.left(plan_at(s)) <= share)
-            if found is None:
-                raise BudgetError(_unreachable(budget, f"{traffic.left(plan_at(MOST)):.1%} of the bytes are left"))
-            sparsity = found
         else:
-            wanted = float(budget.speedup or 1.0)
-            found = least_sparsity(lambda s: table.speedup(plan_at(s), traffic) >= wanted)
-            if found is None:
-                best = table.speedup(plan_at(MOST), traffic)
-                raise BudgetError(_unreachable(budget, f"the predicted speed-up is {best:.2f}"))
-            sparsity = found
+            sparsity = least_for_limit(budget, traffic, table, plan_at)
         plan = controller.set_sparsity(sparsity)
     except BaseException:
         controller._change(before)
@@ -210,6 +199,27 @@ def meet(
     controller.note(budget=dataclasses.asdict(report))
     nncf_logger.info(str(report))
     return report
+
+
+def least_for_limit(budget: Budget, traffic: Traffic, table: KernelTable, plan_at: Callable[[float], Plan]) -> float:
+    """
+    The least sparsity with which a budget of bytes or speed is met.
+
+    :param plan_at: the plan of a sparsity.
+    :raises BudgetError: none suffices; the message has what can be reached.
+    """
+    if budget.bytes is not None:
+        share = float(budget.bytes)
+        found = least_sparsity(lambda s: traffic.left(plan_at(s)) <= share)
+        if found is None:
+            raise BudgetError(_unreachable(budget, f"{traffic.left(plan_at(MOST)):.1%} of the bytes are left"))
+        return found
+    wanted = float(budget.speedup or 1.0)
+    found = least_sparsity(lambda s: table.speedup(plan_at(s), traffic) >= wanted)
+    if found is None:
+        best = table.speedup(plan_at(MOST), traffic)
+        raise BudgetError(_unreachable(budget, f"the predicted speed-up is {best:.2f}"))
+    return found
 
 
 def _unreachable(budget: Budget, best: str) -> str:

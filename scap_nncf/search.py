@@ -31,12 +31,12 @@ import numpy as np
 from nncf.common.logging import nncf_logger
 
 from scap_nncf.algorithms.allocation.fisher import Costs
-from scap_nncf.algorithms.budget import Budget, BudgetError, byte_sparsity, least_sparsity, most_sparsity
+from scap_nncf.algorithms.budget import Budget, KernelTable, Traffic, byte_sparsity, most_sparsity
 from scap_nncf.algorithms.plan import Plan, block_index, write_atomically
 from scap_nncf.algorithms.scap.builder import make_plan
 from scap_nncf.algorithms.scap.calibration import CalibrationStatistics
 from scap_nncf.algorithms.scap.config import Scap
-from scap_nncf.budget import BROKEN
+from scap_nncf.budget import BROKEN, least_for_limit
 from scap_nncf.extras import require
 
 SAMPLERS = ("tpe", "nsga2", "grid")
@@ -135,7 +135,7 @@ def search_plan(
     measure: Callable[[Plan | None], float],
     settings: Search,
     *,
-    sparsity_for: Callable[[Callable[[float], Plan]], float | None] | None = None,
+    sparsity_for: Callable[[Callable[[float], Plan]], float] | None = None,
     fingerprint: str = "",
     about: Mapping[str, Any] | None = None,
     folder: str | os.PathLike[str] | None = None,
@@ -319,7 +319,7 @@ class _Run:
             self.study.set_user_attr("dense", value)
         self.result.dense = float(value)
 
-    def lead(self, sparsity_for: Callable[[Callable[[float], Plan]], float | None] | None) -> None:
+    def lead(self, sparsity_for: Callable[[Callable[[float], Plan]], float] | None) -> None:
         """Meet the budget with the prices alone, try others, turn what was won into sparsity."""
         self.dense()
         if self._attr("sparsity") is None:
@@ -344,11 +344,7 @@ class _Run:
             measure = lambda s: self.point(s, factors, method)  # noqa: E731
             return most_sparsity(measure, float(budget.max_loss), budget.tolerance, start)[0]
         assert sparsity_for is not None
-        found = sparsity_for(lambda s: self.plan(s, factors))
-        if found is None:
-            msg = f"The budget of {budget} cannot be met with the layers that may be pruned."
-            raise BudgetError(msg)
-        return found
+        return sparsity_for(lambda s: self.plan(s, factors))
 
     def follow(self) -> None:
         """Take part in the trials of a search that another process leads."""
@@ -466,12 +462,14 @@ class _Run:
         return self.result
 
 
-def least_for(budget: Budget, traffic: Any, table: Any) -> Callable[[Callable[[float], Plan]], float | None]:
-    """For :func:`search_plan`: the least sparsity that a budget of bytes or speed asks for."""
+def least_for(budget: Budget, traffic: Traffic, table: KernelTable) -> Callable[[Callable[[float], Plan]], float]:
+    """
+    For :func:`search_plan`: the least sparsity that a budget of bytes or speed asks for.
 
-    def sparsity(plan_at: Callable[[float], Plan]) -> float | None:
-        if budget.bytes is not None:
-            return least_sparsity(lambda s: traffic.left(plan_at(s)) <= float(budget.bytes or 0.0), 2e-3)
-        return least_sparsity(lambda s: table.speedup(plan_at(s), traffic) >= float(budget.speedup or 1.0), 2e-3)
+    The function that is returned raises :class:`scap_nncf.BudgetError`, with what can be reached, where none suffices.
+    """
+
+    def sparsity(plan_at: Callable[[float], Plan]) -> float:
+        return least_for_limit(budget, traffic, table, plan_at)
 
     return sparsity

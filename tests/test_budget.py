@@ -279,7 +279,7 @@ def test_search_on_the_command_line(tiny_model_dir: str, tmp_path: Path, capsys:
     assert plan.made_by["budget"]["trials"] == printed["trials"]
     assert plan.statistics is not None
     assert main([*command[:2], "--bytes", "0.1", "-o", str(tmp_path / "no"), "--samples", "2"]) == 1
-    assert "cannot be met" in capsys.readouterr().err
+    assert "of the bytes are left" in capsys.readouterr().err
     assert main([*command[:2], "-o", str(run)]) == 2
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("keep")

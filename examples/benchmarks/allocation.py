@@ -5,8 +5,9 @@ What allocations, scores and refining are worth: perplexity at equal realised sp
     python examples/benchmarks/allocation.py --model demo --calibration c4.jsonl.gz --text wikitext.txt.gz \
         --methods uniform,profile,fisher --sparsity 0.4,0.5,0.6 --output results/allocation.json --part smollm2
 
-Sparsity is that of all weights in the blocks. Every token is pruned; the target of each method is shifted until what is
-realised on a few windows of the text is the sparsity asked for. Matrix products run in bfloat16 (autocast), all else in
+Sparsity is that of all weights in the blocks, as realised on the text, where every token is pruned. Realised sparsity
+differs a little from the target, so methods are compared on the curve through their points: the logarithm of the rise
+in perplexity, linear in the realised sparsity. Matrix products run in bfloat16 (autocast), all else in
 float32. Results are added to the JSON file one by one, so that a long run can be taken up again.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -34,8 +36,6 @@ from scap_nncf.models import load_model
 from scap_nncf.perplexity import perplexity
 from scap_nncf.significance import paired_windows
 from scap_nncf.text import builtin_text, read_texts, token_batches, token_ids
-
-PROBE = 2048  # tokens on which the realised sparsity is matched
 
 
 class Bench:
@@ -101,16 +101,11 @@ class Bench:
         return skipped / sum(layer.weights for layer in layers), result
 
     def at(self, sparsity: float, make: Callable[[float], Plan]) -> dict[str, Any]:
-        """Perplexity where the method realises this sparsity on the text."""
-        target = sparsity
-        for _ in range(2):
-            found, _ = self.realised(make(target), self.ids[:PROBE])
-            if abs(found - sparsity) < 0.002:
-                break
-            target += sparsity - found
+        """Perplexity and realised sparsity of a method at a target."""
+        plan = make(sparsity)
         start = time.perf_counter()
-        found, result = self.realised(make(target), self.ids)
-        return self.row(result, found, target, time.perf_counter() - start)
+        found, result = self.realised(plan, self.ids)
+        return self.row(result, found, sparsity, time.perf_counter() - start)
 
     def row(self, result: Any, realised: float, target: float, seconds: float) -> dict[str, Any]:
         row = {"perplexity": result.perplexity, "realised": realised, "target": target, "seconds": seconds}
@@ -224,35 +219,18 @@ METHODS: dict[str, Callable[[Bench], Callable[[float], Plan]]] = {
 
 def refined(bench: Bench, sparsity: float) -> dict[str, Any]:
     """Fisher, with vectors trained on the calibration text."""
-    target = bench.record.data.get(f"fisher {sparsity}", {}).get("target", sparsity)
-    scap_nncf.compress(bench.model, plan=bench.plan(target, "fisher"))
+    scap_nncf.compress(bench.model, plan=bench.plan(sparsity, "fisher"))
     controller = scap_nncf.get_controller(bench.model)
     try:
         report = controller.refine(bench.samples, settings=scap_nncf.Refine(steps=bench.args.steps))
         plan = controller.plan
     finally:
         controller.strip()
-    # thresholds were matched on the calibration text; what is realised on this one is matched as for all methods
-    found, _ = bench.realised(plan, bench.ids[:PROBE])
-    shift = sparsity - found
-
-    def moved(layer: Any, histogram: ActivationHistogram) -> Any:
-        if layer.threshold < 0:
-            return layer
-        share = histogram.realised(layer.threshold)
-        return dataclasses.replace(layer, threshold=to_float32(histogram.quantile(min(max(share + shift, 0), 0.98))))
-
-    histograms = bench.statistics().histograms
-    sites = tuple(
-        dataclasses.replace(site, layers=tuple(moved(layer, histograms[site.name]) for layer in site.layers))
-        for site in plan.sites
-    )
-    plan = dataclasses.replace(plan, sites=sites)
     if bench.args.work:
         plan.save(bench.args.work / f"refined-{sparsity}")
     start = time.perf_counter()
     realised, result = bench.realised(plan, bench.ids)
-    row = bench.row(result, realised, target + shift, time.perf_counter() - start)
+    row = bench.row(result, realised, sparsity, time.perf_counter() - start)
     return {**row, "refine": {**dataclasses.asdict(report), "losses": list(report.losses.items())}}
 
 
@@ -294,7 +272,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--priced", type=int, default=8, help="samples behind the prices")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=50, help="of refining")
     parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=True)
@@ -327,25 +305,44 @@ def main() -> None:
 
 
 def summary(record: Record) -> None:
-    """Perplexities, and how much of uniform's increase each method takes back."""
+    """Perplexities at equal realised sparsity, and how much of uniform's increase each method takes back."""
     dense = record.data["dense"]
-    rows: dict[str, Any] = {}
+    points: dict[str, list[tuple[float, float]]] = {}
     for key, row in record.data.items():
-        method, _, sparsity = key.rpartition(" ")
-        if not isinstance(row, dict) or "windows" not in row or key == "dense":
-            continue
-        uniform = record.data.get(f"uniform {sparsity}")
-        entry = {"perplexity": round(row["perplexity"], 2), "realised": round(row["realised"], 4)}
-        if uniform is not None and method != "uniform":
-            rise = uniform["perplexity"] - dense["perplexity"]
-            left = (row["perplexity"] - dense["perplexity"]) / rise
-            entry["share of uniform's increase removed"] = round(1 - left, 3)
-            tokens = record.data["about"]["context"] - 1
-            pairs = [[(loss, tokens) for loss in one["windows"]] for one in (uniform, row)]
-            paired = paired_windows(*pairs)
-            entry["log perplexity against uniform"] = [round(paired.difference, 4), round(paired.stderr or 0.0, 4)]
-        rows[key] = entry
+        if isinstance(row, dict) and "windows" in row and key != "dense":
+            rise = math.log(max(row["perplexity"] - dense["perplexity"], 1e-6))
+            points.setdefault(key.rpartition(" ")[0], []).append((row["realised"], rise))
+    rows: dict[str, Any] = {}
+    for sparsity in (0.3, 0.4, 0.5, 0.6, 0.65):
+        rises = {
+            m: at for m, curve in points.items() if (at := _on_curve(curve, sparsity, points["uniform"])) is not None
+        }
+        for method, rise in rises.items():
+            entry: dict[str, Any] = {"perplexity": round(dense["perplexity"] + rise, 2)}
+            if method != "uniform" and "uniform" in rises:
+                entry["share of uniform's increase removed"] = round(1 - rise / rises["uniform"], 3)
+                one, other = (record.data.get(f"{m} {sparsity}") for m in ("uniform", method))
+                if one and other:
+                    tokens = record.data["about"]["context"] - 1
+                    pairs = [[(loss, tokens) for loss in row["windows"]] for row in (one, other)]
+                    entry["standard error of the log ratio"] = round(paired_windows(*pairs).stderr or 0.0, 4)
+            rows[f"{method} at {sparsity}"] = entry
     record.set("summary", rows)
+
+
+def _on_curve(curve: list[tuple[float, float]], at: float, like: list[tuple[float, float]]) -> float | None:
+    """The rise at a realised sparsity, from a point at most 0.03 away; a single point moves as another curve goes."""
+    curve = sorted(curve)
+    near = min(curve, key=lambda point: abs(point[0] - at))
+    if abs(near[0] - at) > 0.03:
+        return None
+    others = sorted(curve if len(curve) > 1 else like)
+    if len(others) < 2:
+        return math.exp(near[1])
+    left = max((p for p in others[:-1] if p[0] <= at), default=others[0])
+    right = others[others.index(left) + 1]
+    slope = (right[1] - left[1]) / (right[0] - left[0])
+    return math.exp(near[1] + slope * (at - near[0]))
 
 
 if __name__ == "__main__":
