@@ -42,7 +42,9 @@ from torch import nn
 
 from scap_nncf._version import __version__
 from scap_nncf.algorithms.backends.torch import function_hooks
+from scap_nncf.algorithms.backends.torch.layers import named_fc_layers
 from scap_nncf.algorithms.backends.torch.prune import DEPLOYMENT, IN_PLAN
+from scap_nncf.algorithms.backends.torch.quantised import foreign_layer
 from scap_nncf.algorithms.base import builder_for
 from scap_nncf.algorithms.documents import parse_json, read_text
 from scap_nncf.algorithms.plan import PLAN_FILE, Plan
@@ -185,6 +187,7 @@ def load_pretrained(
 
 def _weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors of the state dict without NNCF's, each once, and the other names of those that are shared."""
+    _refuse_foreign(model)
     first: dict[Any, str] = {}
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
@@ -202,6 +205,19 @@ def _weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
             continue
         first[identity] = name
         tensors[name] = _plain(name, value)
+    return tensors, aliases
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    for name, module, _ in named_fc_layers(model):
+        kind = foreign_layer(module)
+        if kind is not None:
+            msg = (
+                f"{name} is of another toolkit ({kind}), whose format cannot be saved here. Save the dense-quantised "
+                "model by that toolkit's own means and the plan by scap_nncf.get_controller(model).save(folder); then "
+                "load the model with the toolkit and call nncf.compress(model, plan=folder)."
+            )
+            raise nncf.ValidationError(msg)
     for name, parameter in model.named_parameters():
         if not name.startswith(_HOOKS) and type(parameter) is not nn.Parameter:
             msg = (
@@ -209,7 +225,6 @@ def _weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
                 "that toolkit's own means, and the plan by scap_nncf.get_controller(model).save(folder)."
             )
             raise nncf.ValidationError(msg)
-    return tensors, aliases
 
 
 def _extra_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import nncf
 import numpy as np
 import torch
 from torch import nn
 
 from scap_nncf.algorithms.backends.torch.layers import layer_module
+from scap_nncf.algorithms.backends.torch.quantised import dequantised
 from scap_nncf.algorithms.backends.torch.residency import is_offloaded, resident
 
 
@@ -17,7 +19,8 @@ def column_sums(model: nn.Module, name: str) -> torch.Tensor:
     """
     ``sum over input channels of W[:, n]`` of an FC layer: what the layer adds for an input of ones.
 
-    Plain floating-point weights are summed in float64. Any other weight format is asked for its result,
+    Plain floating-point weights are summed in float64, and so are those of toolkits whose format is known
+    (:mod:`scap_nncf.algorithms.backends.torch.quantised`). Any other layer is asked for its result,
     ``FC(ones) − FC(zeros)``, which needs no knowledge of the format and takes the weights that will run. Models
     compressed by NNCF decompress weights in hooks that run only inside the model's forward; those are applied here.
 
@@ -35,7 +38,8 @@ def column_sums(model: nn.Module, name: str) -> torch.Tensor:
         return weight.detach().sum(dim=1, dtype=torch.float64).float()
     if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.is_floating_point():
         return weight.detach().sum(dim=0, dtype=torch.float64).float()
-    return _probe(module)
+    matrix = dequantised(module)
+    return _probe(module) if matrix is None else matrix.sum(dim=0, dtype=torch.float64).float()
 
 
 def project(model: nn.Module, name: str, vector: torch.Tensor) -> torch.Tensor:
@@ -89,7 +93,7 @@ def _matrix(model: nn.Module, name: str) -> torch.Tensor | None:
     module = model.get_submodule(name)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
-        return None
+        return dequantised(module)
     if _is_wrapped(model):
         dense, scale = _nncf_matrix(model, name, weight)
         return dense if scale is None else scale.float()[:, None] * dense.float()
@@ -97,7 +101,7 @@ def _matrix(model: nn.Module, name: str) -> torch.Tensor | None:
         return weight.detach().t()
     if type(module).__name__ == "Conv1D" and weight.is_floating_point():
         return weight.detach()
-    return None
+    return dequantised(module)
 
 
 def expert_column_sums(model: nn.Module, module_name: str, projection: str) -> torch.Tensor:
@@ -126,8 +130,16 @@ def _probe(module: nn.Module, rows: torch.Tensor | None = None) -> torch.Tensor:
     """``FC(rows) − FC(0)``, of ones where no rows are given; float32 [out_features] or [n, out_features]."""
     given = torch.ones(module.in_features) if rows is None else rows  # type: ignore[arg-type]
     stacked = torch.cat([torch.atleast_2d(given.cpu()), torch.zeros(1, given.shape[-1])])
-    with torch.no_grad():
-        result = module.forward(_floating(stacked, module)).float()  # forward: no hooks of ours or others
+    try:
+        with torch.no_grad():
+            result = module.forward(_floating(stacked, module)).float()  # forward: no hooks of ours or others
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        msg = (
+            f"The weights of a {type(module).__name__} cannot be read, and it does not answer by itself "
+            f"({type(error).__name__}: {error}), so mode*W cannot be computed. Some toolkits unpack weights in the "
+            "first forward pass: run one before, or use mode='zero'."
+        )
+        raise nncf.ValidationError(msg) from error
     return (result[:-1] - result[-1]).reshape(*given.shape[:-1], -1)
 
 
