@@ -32,6 +32,7 @@ class Allocation(str, Enum):
     uniform = "uniform"
     profile = "profile"
     fisher = "fisher"
+    greedy = "greedy"
 
 
 class Dtype(str, Enum):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import nncf
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,5 +24,9 @@ def allocate(paths: Mapping[str, NDArray[np.float64]], sparsity: float) -> dict[
     Sparsity of each layer where every block has this one.
 
     :param paths: layer name → sparsity at LEVELS.
+    :raises nncf.ValidationError: more than the search went up to.
     """
+    if sparsity > LEVELS[-1]:
+        msg = f"The greedy search goes up to a sparsity of {LEVELS[-1]}, got {sparsity}."
+        raise nncf.ValidationError(msg)
     return {name: float(np.interp(sparsity, LEVELS, path)) for name, path in paths.items()}

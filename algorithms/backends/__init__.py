@@ -75,6 +75,15 @@ class Backend(Protocol):
     ) -> Costs:
         """Price of sparsity in each layer, where the backend has gradients."""
 
+    def greedy_paths(
+        self,
+        model: Any,
+        sites: Sequence[Site],
+        histograms: Mapping[str, ActivationHistogram],
+        samples: Sequence[Any],
+    ) -> dict[str, NDArray[np.float64]]:
+        """What TEAL's greedy search finds in each block, where blocks can be run by themselves."""
+
     def train_biases(
         self, model: Any, samples: Sequence[Any], settings: Refine
     ) -> tuple[dict[str, NDArray[np.float32]], RefineReport]:

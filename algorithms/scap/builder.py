@@ -30,9 +30,13 @@ from scap_nncf.algorithms.scap.controller import ScapController
 from scap_nncf.algorithms.scap.gather import gather, gather_in_sequence, share_samples, walks_by_block
 from scap_nncf.algorithms.scap.histogram import ActivationHistogram
 from scap_nncf.algorithms.scap.pooling import shrink
+from scap_nncf.algorithms.scap.score import with_scores
 from scap_nncf.algorithms.scap.site_plan import plan_site, site_mode
 from scap_nncf.algorithms.scap.statistics import make_collector
 from scap_nncf.algorithms.sites import ModelReport, Site
+
+#: TEAL's search runs these through every block some hundred times.
+_GREEDY_SAMPLES = 2
 
 
 @COMPRESSION_ALGORITHMS.register("scap")
@@ -90,7 +94,7 @@ class ScapBuilder(CompressionBuilder):
         samples: Any = Samples(dataset, tokenizer, config.subset_size)
         first = samples.first()
         mitigation, data = as_mitigation(config.mitigation), []
-        if mitigation is not None or config.sequential:  # they go through the data again
+        if mitigation is not None or config.sequential or config.score != "magnitude":  # they go through the data again
             data = list(samples)
             samples = Samples(data)
         sites = self.find_sites(model, first).sites
@@ -98,7 +102,7 @@ class ScapBuilder(CompressionBuilder):
         sites = tuple(site for site in sites if any(layer.name in targets for layer in site.layers))
         backend = backend_of(model)
         points = backend.statistic_points(sites, make_collector)
-        costs = None
+        costs = paths = None
         processes = current_processes()
         by_block = walks_by_block(backend, model, config.block_by_block)
         if wants_prices(config.allocation, config.sparsity) and not self._does_without_prices(backend, model):
@@ -107,13 +111,16 @@ class ScapBuilder(CompressionBuilder):
             count = gather(backend, model, sites, points, share, kept.total, processes, by_block)
             dense = shrink(sites, backend.histograms_of(points))
             modes = {site.name: site_mode(site, dense[site.name], targets, config.mode)[0] for site in sites}
-            costs = self._prices(model, sites, dense, modes, kept.kept())
+            if config.allocation == "greedy":
+                paths = backend.greedy_paths(model, sites, dense, kept.kept()[:_GREEDY_SAMPLES])
+            else:
+                costs = self._prices(model, sites, dense, modes, kept.kept())
             if config.sequential:
                 points = backend.statistic_points(sites, make_collector)
         elif not config.sequential:
             share = share_samples(samples, model, sites, processes)
             count = gather(backend, model, sites, points, share, samples.total, processes, by_block)
-        targets = allocate(choose(config.allocation, config.sparsity, sites, costs), targets, sites, costs)
+        targets = allocate(choose(config.allocation, config.sparsity, sites, costs), targets, sites, costs, paths)
         if config.sequential:
 
             def decide(site: Site, histogram: ActivationHistogram) -> SitePlan:
@@ -127,8 +134,10 @@ class ScapBuilder(CompressionBuilder):
                 count = gather_in_sequence(backend, model, sites, points, share, decide, processes, by_block, key)
             else:  # each process runs all samples: a graph cannot wait for the others at a site
                 count = backend.collect_sequential(model, sites, points, data, decide)
-        calibration = CalibrationStatistics(sites, backend.histograms_of(points), count, costs)
+        calibration = CalibrationStatistics(sites, backend.histograms_of(points), count, costs, paths)
         plan = make_plan(calibration, config)
+        if config.score != "magnitude":
+            plan = with_scores(model, plan, data)
         return (plan if mitigation is None else mitigate(model, plan, mitigation, data)), calibration
 
     def _does_without_prices(self, backend: Any, model: Any) -> bool:
@@ -209,7 +218,7 @@ def make_plan(calibration: CalibrationStatistics, config: Scap) -> Plan:
     """
     targets = sparsity_spec.resolve(config.sparsity, calibration.sites)
     method = choose(config.allocation, config.sparsity, calibration.sites, calibration.costs)
-    targets = allocate(method, targets, calibration.sites, calibration.costs)
+    targets = allocate(method, targets, calibration.sites, calibration.costs, calibration.paths)
     histograms = calibration.planning_histograms()
     plans = (plan_site(site, histograms[site.name], targets, config.mode) for site in calibration.sites)
     sites = tuple(site_plan for site_plan in plans if site_plan is not None)
@@ -226,6 +235,7 @@ def _made_by(config: Scap, calibration: CalibrationStatistics) -> dict[str, Any]
         "allocation_samples": config.allocation_samples,
         "allocation_checkpointing": config.allocation_checkpointing,
         "refine": None if config.refine is None else asdict(config.refine),
+        "score": config.score,
         "prune": config.prune,
         "sequential": config.sequential,
         "roles": None if config.roles is None else list(config.roles),

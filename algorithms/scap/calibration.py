@@ -22,6 +22,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from scap_nncf.algorithms.allocation.fisher import Costs
+from scap_nncf.algorithms.allocation.greedy import LEVELS as GREEDY_LEVELS
 from scap_nncf.algorithms.documents import parse_json
 from scap_nncf.algorithms.plan import STATISTICS_FILE, Plan, read_companion, write_atomically
 from scap_nncf.algorithms.scap.histogram import NUM_BUCKETS, ActivationHistogram
@@ -41,12 +42,14 @@ class CalibrationStatistics:
     :param histograms: site name → activation histogram.
     :param samples: number of samples seen.
     :param costs: price of sparsity in each layer, where it was measured (allocation ``fisher``).
+    :param paths: layer name → what a greedy search found, where there was one (allocation ``greedy``).
     """
 
     sites: tuple[Site, ...]
     histograms: Mapping[str, ActivationHistogram] = field(repr=False)
     samples: int = 0
     costs: Costs | None = field(default=None, repr=False)
+    paths: Mapping[str, np.ndarray[Any, Any]] | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -111,6 +114,9 @@ class CalibrationStatistics:
         if self.costs is not None:
             for index, layer in enumerate(layer for site in self.sites for layer in site.layers):
                 tensors[f"{index}.prices"] = self.costs.sums[layer.name]
+        if self.paths is not None:
+            for index, layer in enumerate(layer for site in self.sites for layer in site.layers):
+                tensors[f"{index}.path"] = self.paths[layer.name]
         described = [
             {
                 "name": site.name,
@@ -175,7 +181,14 @@ class CalibrationStatistics:
                 names = [layer.name for site in sites for layer in site.layers]
                 sums = {name: tensors[f"{index}.prices"] for index, name in enumerate(names)}
                 costs = Costs(sums, _count(described["priced_tokens"]))
-            return cls(tuple(sites), histograms, _count(described["samples"]), costs)
+            paths = None
+            if sites and "0.path" in tensors:
+                every = [layer.name for site in sites for layer in site.layers]
+                paths = {name: tensors[f"{index}.path"] for index, name in enumerate(every)}
+                if any(path.shape != (len(GREEDY_LEVELS),) or not np.isfinite(path).all() for path in paths.values()):
+                    msg = f"a greedy search's path is not {len(GREEDY_LEVELS)} finite numbers"
+                    raise ValueError(msg)
+            return cls(tuple(sites), histograms, _count(described["samples"]), costs, paths)
         except (
             SafetensorError,
             nncf.ValidationError,

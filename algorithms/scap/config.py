@@ -14,6 +14,7 @@ from scap_nncf.algorithms.allocation import check_allocation
 from scap_nncf.algorithms.mitigation.config import Mitigation, as_mitigation
 from scap_nncf.algorithms.plan import check_prune
 from scap_nncf.algorithms.refine import Refine
+from scap_nncf.algorithms.scap.score import check_score
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Scap:
     :param refine: train one static vector for the output of each pruned layer against the dense model, minutes of work
         that cost nothing at run time (:mod:`scap_nncf.algorithms.refine`); None leaves that out. PyTorch language
         models only; the plan then applies to OpenVINO as well.
+    :param score: what is compared with the threshold: ``magnitude``, or ``weight_norm``, the magnitude times the norm
+        of the channel's weights (:mod:`scap_nncf.algorithms.scap.score`; simulated in PyTorch only).
     :param prune: ``all`` prunes every token; ``decode`` leaves prompts dense and prunes tokens that come alone.
     :param sequential: calibrate every site with the pruned output of the sites before it, as the reference
         implementation does. False takes all statistics from the dense model in one streaming pass.
@@ -62,6 +65,7 @@ class Scap:
     allocation_samples: int = 8
     allocation_checkpointing: bool = False
     refine: Refine | None = None
+    score: str = "magnitude"
     prune: str = "all"
     sequential: bool = False
     block_by_block: bool | None = None
@@ -80,6 +84,7 @@ class Scap:
             raise nncf.ValidationError(msg)
         check_prune(self.prune)
         check_allocation(self.allocation)
+        check_score(self.score)
         mitigation = as_mitigation(self.mitigation)
         if mitigation is not None and mitigation.shift == "static":
             msg = "A static shift is the mode of a site: set mode='median', 'mean', 'kde' or 'auto' instead."

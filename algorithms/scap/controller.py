@@ -129,7 +129,7 @@ class ScapController(CompressionController):
         sites, costs = self.calibration.sites, self.calibration.costs
         targets = resolve(sparsity, sites)
         method = choose(settings["allocation"], sparsity, sites, costs)
-        targets = allocate(method, targets, sites, costs)
+        targets = allocate(method, targets, sites, costs, self.calibration.paths)
         if mode is not None:
             check_mode_method(mode)
         methods = {site.name: site.mode_method for site in self.plan.sites}

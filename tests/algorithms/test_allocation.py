@@ -245,3 +245,96 @@ def test_a_layer_that_no_token_reached_is_not_the_cheapest(batches: Factory, tin
     prices._seen -= {first}
     with pytest.raises(nncf.UnsupportedModelError, match="no gradient reaches"):
         prices.costs(tiny_llama)
+
+
+# -- for comparison ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_greedy_moves_each_block_least(family: str, tiny_model: Factory, batches: Factory, tmp_path: Path) -> None:
+    model, data = tiny_model(family), batches(3)
+    nncf.compress(model, dataset=data, sparsity=0.5, allocation="greedy", mode="zero")
+    controller = scap_nncf.get_controller(model)
+    layers = controller.plan.layers
+    for block in (0, 1):
+        inside = [x for x in layers if f".{block}." in x.name]
+        weights = [x.in_features * x.out_features for x in inside]
+        assert sum(w * x.sparsity for w, x in zip(weights, inside)) / sum(weights) == pytest.approx(0.5)
+    assert len({layer.sparsity for layer in layers}) > 4
+    before = controller.plan.sites
+    controller.save(tmp_path)
+    controller.strip()
+    again = scap_nncf.get_controller(nncf.compress(model, plan=tmp_path))
+    again.set_sparsity(0.3)
+    assert again.set_sparsity(0.5).sites == before
+
+    # of single steps from nothing, the first layer to give up inputs is the one that moves the output least
+    block = model.get_submodule("model.layers.0" if family == "llama" else "transformer.h.0")
+    kept: list[Any] = []
+    again.strip()
+    handle = block.register_forward_pre_hook(lambda _m, a, k: kept.append((a, k)), with_kwargs=True)
+    model(**data[0])
+    handle.remove()
+    from scap_nncf.algorithms.backends.torch.greedy import _search
+
+    statistics = scap_nncf.calibrate(model, dataset=data, allocation="uniform")
+    chosen = [(s, layer) for s in statistics.sites if s.block == 0 for layer in s.layers]
+    with torch.no_grad():
+        paths = _search(block, model, chosen, statistics.histograms, kept)
+    first = max(paths, key=lambda name: paths[name][1])
+
+    def error(name: str) -> float:
+        site = next(s for s, layer in chosen if layer.name == name)
+        weights = {layer.name: layer.weights for _, layer in chosen}
+        step = 0.05 * max(weights.values()) / weights[name]
+        threshold = statistics.histograms[site.name].quantile(min(step, 0.95))
+
+        def prune(_m: Any, args: Any) -> Any:
+            return (torch.where(args[0].abs() <= threshold, 0.0, args[0]), *args[1:])
+
+        def run() -> torch.Tensor:
+            output = block(*kept[0][0], **kept[0][1])
+            return (output[0] if isinstance(output, tuple) else output)[..., -4:, :]
+
+        with torch.no_grad():
+            dense = run()
+            hook = model.get_submodule(name).register_forward_pre_hook(prune)
+            moved = float((run() - dense).square().sum())
+            hook.remove()
+        return moved
+
+    errors = {layer.name: error(layer.name) for _, layer in chosen}
+    assert errors[first] <= sorted(errors.values())[2]
+
+
+def test_greedy_takes_one_number(tiny_llama: nn.Module, batches: Factory) -> None:
+    with pytest.raises(nncf.ValidationError, match="one number"):
+        nncf.compress(tiny_llama, dataset=batches(1), sparsity={"up": 0.3, "down": 0.5}, allocation="greedy")
+    nncf.compress(tiny_llama, dataset=batches(1), sparsity=0.3, allocation="uniform")
+    with pytest.raises(nncf.ValidationError, match="search of its own"):
+        scap_nncf.get_controller(tiny_llama).set_sparsity(0.4, allocation="greedy")
+
+
+def test_weight_norms_as_scores(tiny_llama: nn.Module, batches: Factory) -> None:
+    """As many values are dropped, but those that matter least to the output."""
+    data = batches(4)
+    nncf.compress(tiny_llama, dataset=data, sparsity=0.4, allocation="uniform", score="weight_norm", mode="zero")
+    controller = scap_nncf.get_controller(tiny_llama)
+    name = "model.layers.0.self_attn.k_proj"  # nothing before it is pruned
+    module = tiny_llama.get_submodule(name)
+    raw: list[torch.Tensor] = []
+    first = module.register_forward_pre_hook(lambda _m, a: raw.append(a[0]), prepend=True)
+    after: list[torch.Tensor] = []
+    last = module.register_forward_pre_hook(lambda _m, a: after.append(a[0]))
+    with torch.no_grad():
+        tiny_llama(**data[0])
+    first.remove()
+    last.remove()
+    dropped = after[0] == 0
+    score = raw[0].abs() * module.weight.norm(dim=0)
+    assert score[dropped].max() <= score[~dropped].min()
+    assert raw[0].abs()[dropped].max() > raw[0].abs()[~dropped].min()  # not the order of magnitudes
+    assert dropped.float().mean() == pytest.approx(0.4, abs=0.05)
+    assert controller.plan.made_by["settings"]["score"] == "weight_norm"
+    with pytest.raises(nncf.ValidationError, match="score must be"):
+        scap_nncf.Scap(score="gradient")

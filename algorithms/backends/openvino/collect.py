@@ -161,6 +161,13 @@ def shifted_histograms(model: Any, plan: Plan, samples: Sequence[Any]) -> dict[s
     raise nncf.ParameterNotSupportedError(_ON_PYTORCH.format(what="Thresholds after a shift of each token, which"))
 
 
+def greedy_paths(model: Any, sites: Sequence[Site], histograms: Any, samples: Sequence[Any]) -> Any:
+    """
+    :raises nncf.ParameterNotSupportedError: always; the search runs blocks by themselves.
+    """
+    raise nncf.ParameterNotSupportedError(_ON_PYTORCH.format(what="Blocks that run by themselves, for greedy,"))
+
+
 def train_biases(model: Any, samples: Sequence[Any], settings: Any) -> Any:
     """
     :raises nncf.ParameterNotSupportedError: always; OpenVINO has no gradients.

@@ -10,6 +10,7 @@ from scap_nncf.algorithms.backends.torch.collect import (
 )
 from scap_nncf.algorithms.backends.torch.discover import inspect_model
 from scap_nncf.algorithms.backends.torch.fisher import collect_costs
+from scap_nncf.algorithms.backends.torch.greedy import greedy_paths
 from scap_nncf.algorithms.backends.torch.layers import shapes_of
 from scap_nncf.algorithms.backends.torch.prune import (
     counts,
@@ -37,6 +38,7 @@ __all__ = [
     "collect_sequential",
     "counts",
     "dense_weight",
+    "greedy_paths",
     "histograms_of",
     "insert",
     "inspect_model",

@@ -94,6 +94,8 @@ def shifted_histograms(model: nn.Module, plan: Plan, samples: Sequence[Any]) -> 
             u = x.float() - shift
             if layer.token_shift is not None:
                 u = u - token_shift(u, layer.token_shift)
+            if "score" in held:
+                u = u * torch.from_numpy(held["score"]).to(u.device)
             counts[layer.name] = counts.get(layer.name, 0) + bucket_counts(u)
 
     with _visiting(model, list(by_site), visit) as begin:
