@@ -66,7 +66,6 @@ class Bench:
                 "calibration": Path(args.calibration).name if args.calibration else "builtin",
                 "tokens": len(self.ids),
                 "context": args.context,
-                "calibration_tokens": args.samples * args.length,
             },
         )
 
@@ -90,6 +89,7 @@ class Bench:
             row = self.measure(self.model)
             statistics = controller.statistics()
             row |= {"realised_sparsity": round(statistics.realised_sparsity or 0.0, 4), "seconds": round(seconds, 1)}
+            row["calibration_tokens"] = self.args.samples * self.args.length
             extra = sum(v.size for v in controller.plan.vectors.values())
             weights = sum(layer.in_features * layer.out_features for layer in controller.plan.layers)
             row["added_numbers_share"] = round(extra / weights, 5)
@@ -205,7 +205,7 @@ def main() -> int:
     parser.add_argument("--calibration", help="calibration texts, .txt or .jsonl (.gz)")
     parser.add_argument("--text", help="evaluation text")
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--seconds", type=float, help="begin no measurement after this many seconds")

@@ -71,7 +71,7 @@ def main() -> None:
         for name in PATTERNS
         if name in base
     ]
-    print(table(["pattern", "dropped", "perplexity", "log-perplexity against dense"], rows))
+    print(table(["pattern", "dropped", "perplexity", "against dense"], rows))
     print(f"\nDense: {perplexity(base['dense'])}\n")
     for part, columns in (("criteria", CRITERIA), ("mitigation", MITIGATIONS)):
         if part in data:
@@ -81,7 +81,7 @@ def main() -> None:
     for part in ("cats", "training"):
         found = {key: row for key, row in data.get(part, {}).items() if isinstance(row, dict) and "perplexity" in row}
         if found:
-            keys = ("realised_sparsity", "seconds", "peak_memory_MiB", "added_numbers_share")
+            keys = ("realised_sparsity", "seconds", "peak_memory_MiB")
             rows = [
                 [key, perplexity(row), change(row, base["dense"]), *(str(row.get(k, "")) for k in keys)]
                 for key, row in found.items()
