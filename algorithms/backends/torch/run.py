@@ -43,7 +43,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return value if value.is_meta else value.to(device)  # a sample of a model that has no values either
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
