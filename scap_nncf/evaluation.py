@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import nncf
 import torch
-from nncf.common.utils.helpers import create_table
+from tabulate import tabulate
 
 import scap_nncf
 from scap_nncf.algorithms.backends import is_optimum_model
@@ -200,11 +200,11 @@ class Evaluation:
                 if mean is not None and len(self.tasks) > 1:
                     rows.append(["mean", "", mean.items, run.name, "", *_change_cells(mean, 100, self.level)])
             header = ["Task", "Metric", "Items", "Model", "Value ± s.e.", "Change ± s.e.", "p", f"{self.level:.0%}"]
-            parts.append(create_table(header, rows))
+            parts.append(_table(header, rows))
         if self.texts:
             rows = [row for text in self.texts for row in self._text_rows(text)]
             header = ["Text", "Tokens", "Model", "Perplexity", "Change ± s.e.", "p", f"{self.level:.0%}"]
-            parts.append(create_table(header, rows))
+            parts.append(_table(header, rows))
         for run in self.runs:
             if run.prune is not None:
                 realised = "not counted" if run.realised is None else f"{run.realised:.1%}"
@@ -240,6 +240,13 @@ class Evaluation:
             title = f"{text.text} (context {text.context}{stride})"
             rows.append([title, result.tokens, name, f"{result.perplexity:.2f}", *cells])
         return rows
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    # as NNCF's tables look, but with numbers as they are given and to the right
+    left = {"Task", "Metric", "Model", "Text"}
+    sides = ["left" if name in left else "right" for name in header]
+    return tabulate(rows, header, tablefmt="mixed_grid", disable_numparse=True, colalign=sides)
 
 
 def _change_cells(paired: Paired | None, scale: float, level: float) -> list[str]:
