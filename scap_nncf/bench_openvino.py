@@ -316,7 +316,7 @@ def pruned(model: Any, k: int, n: int, threshold: float) -> Any:
     """A deployed copy of :func:`layer_model` with one threshold, whatever its sparsity."""
     from scap_nncf.algorithms.backends import openvino as backend
     from scap_nncf.algorithms.plan import LayerPlan, Plan, SitePlan
-    from scap_nncf.deploy import deploy
+    from scap_nncf.deployment import deploy
 
     name = "model.layers.0.mlp.up_proj"
     plan = Plan((SitePlan(name, 0, 0.0, "zero", (LayerPlan(name, "up", k, n, threshold, 0.5),)),))
@@ -362,8 +362,8 @@ def _chain(
     rounds: int,
 ) -> list[Row]:  # fmt: skip
     import scap_nncf
-    from scap_nncf.deploy import deploy
     from scap_nncf.deploy_openvino import teach
+    from scap_nncf.deployment import deploy
 
     ov = require("openvino", "openvino", "scap-nncf bench openvino")
     core = ov.Core()

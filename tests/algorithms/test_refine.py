@@ -19,7 +19,7 @@ import scap_nncf
 from scap_nncf.algorithms.plan import Plan
 from scap_nncf.algorithms.refine import Refine
 from scap_nncf.cli import main
-from scap_nncf.deploy import deploy, undeploy
+from scap_nncf.deployment import deploy, undeploy
 
 Factory = Callable[..., Any]
 QUICK = Refine(steps=12, learning_rate=2e-2, tokens=60, check_every=4, mixed_precision=False)

@@ -14,7 +14,7 @@ import torch
 from tiny_models import build_tiny_model, make_batches
 
 import scap_nncf
-from scap_nncf.deploy import deploy, undeploy
+from scap_nncf.deployment import deploy, undeploy
 from scap_nncf.kernels import ops, quant_ops, reference
 from scap_nncf.kernels.cpu import library
 from scap_nncf.kernels.cpu.build import BuildError

@@ -20,7 +20,7 @@ import torch
 
 import scap_nncf
 from scap_nncf import bench_openvino, deploy_openvino
-from scap_nncf.deploy import deploy, is_deployed, undeploy
+from scap_nncf.deployment import deploy, is_deployed, undeploy
 from scap_nncf.kernels.cpu import build as builder
 from scap_nncf.kernels.cpu.build import BuildError
 from scap_nncf.kernels.openvino import operation
@@ -202,7 +202,7 @@ def test_saved_and_loaded(
     code = f"""
 import scap_nncf, torch
 from scap_nncf import optimum
-from scap_nncf.deploy import is_deployed
+from scap_nncf.deployment import is_deployed
 assert not is_deployed(scap_nncf.load_openvino({str(folder)!r}))
 model = optimum.from_pretrained({str(folder)!r}, task={task!r}, ov_config={exact!r})
 ids = torch.tensor({ids.tolist()!r})

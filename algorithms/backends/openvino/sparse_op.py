@@ -19,7 +19,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
 
-from scap_nncf.algorithms.backends.openvino.layers import Call, FcLayer, find_layers, ir_of
+from scap_nncf.algorithms.backends.openvino.layers import PRUNED, Call, FcLayer, find_layers, ir_of
 from scap_nncf.algorithms.backends.openvino.prune import (
     DEPLOYED,
     attach,
@@ -177,6 +177,9 @@ def _read(site: SitePlan, plan: LayerPlan, layer: FcLayer) -> _Layer:
             msg = f"{before.get_type_name()} lies between pruning and product"
             raise CannotServe(msg)
         port = before.input(0)
+    if not call.entry.get_source_output().get_node().get_friendly_name().endswith(PRUNED):
+        msg = "it has a scale or quantiser of its own between pruning and product"
+        raise CannotServe(msg)
     return _read_weight(site.mode, plan, call)
 
 
