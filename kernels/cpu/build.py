@@ -38,9 +38,12 @@ PREBUILT_VARIABLE = "SCAP_NNCF_CPU_LIBRARIES"
 _STALE_AFTER = 3600.0  # seconds; a build takes some ten
 
 # Each file is compiled for its own instruction set and chosen at run time; elsewhere these files are empty.
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _X86_FLAGS = {
-    "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "isa_avx2.cpp": _AVX2,
+    "isa_avx512.cpp": _AVX512,
+    "isa_avx512_bf16.cpp": [*_AVX512, "-mavx512bf16"],
 }
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w"]
 

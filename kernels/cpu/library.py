@@ -105,7 +105,7 @@ def loaded() -> bool:
 
 
 def isa() -> str:
-    """Instruction set in use: ``avx512``, ``avx2`` or ``portable``."""
+    """Instruction set in use: ``avx512_bf16``, ``avx512``, ``avx2`` or ``portable``."""
     return str(_require().handle.scap_isa().decode())
 
 
@@ -116,7 +116,7 @@ def force_isa(name: str) -> None:
     :raises ValueError: the machine does not have it.
     """
     if _require().handle.scap_force_isa(name.encode()) != 0:
-        msg = f"instruction set {name!r} is not to be had here; there are avx512, avx2 and portable"
+        msg = f"instruction set {name!r} is not to be had here; there are avx512_bf16, avx512, avx2 and portable"
         raise ValueError(msg)
 
 

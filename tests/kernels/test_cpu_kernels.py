@@ -20,7 +20,7 @@ from scap_nncf.kernels.cpu import library
 from scap_nncf.kernels.cpu.build import BuildError
 from scap_nncf.kernels.packing import dequantize, from_integers
 
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -328,7 +328,7 @@ def test_sanitizers(tmp_path: Path) -> None:
     link = [compiler, *flags, *objects, *map(str, wanted.libraries), f"-Wl,-rpath,{folder}", "-o", str(program)]
     subprocess.run(link, check=True, capture_output=True)
     ran = []
-    for isa in ("avx512", "avx2", "portable"):
+    for isa in ("avx512_bf16", "avx512", "avx2", "portable"):
         done = subprocess.run([program, str(random.randrange(1 << 30)), "120", isa], capture_output=True, text=True)
         if done.returncode != 2:  # 2: this machine has no such instruction set
             assert done.returncode == 0, f"{isa}: {done.stdout[-1500:]}{done.stderr[-1500:]}"

@@ -38,10 +38,15 @@ struct Kernels {
                float* out);
   // gate = activation(gate) * up, count a multiple of 16
   void (*glu)(float* gate, const float* up, int64_t count, int32_t activation);
+  // As gemm, on inputs that are bfloat16 numbers, for weights in BF16, U8 or U4 (integer zero points) with even k and
+  // group; NULL where there is no such instruction.
+  void (*gemm_bf16)(const scap_weight* w, const uint16_t* a, int64_t m, int64_t k, int64_t c0, int64_t c1, float* work,
+                    float* out);
 };
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // NULL where the build or the machine has none
 const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
 
 }  // namespace scap

@@ -466,4 +466,4 @@ void glu(float* gate, const float* up, int64_t count, int32_t activation) {
 
 }  // namespace
 
-#define SCAP_KERNELS(name) {name, to_float, from_float, compact, prune, gemv, gemm, glu}
+#define SCAP_KERNELS(name) {name, to_float, from_float, compact, prune, gemv, gemm, glu, nullptr}

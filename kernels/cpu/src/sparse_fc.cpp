@@ -23,7 +23,8 @@ using scap::Kernels;
 // -- instruction set ---------------------------------------------------------------------------------------------------
 
 const Kernels* by_name(const char* name) {
-  for (const Kernels* kernels : {scap::avx512_kernels(), scap::avx2_kernels(), scap::portable_kernels()})
+  for (const Kernels* kernels : {scap::avx512_bf16_kernels(), scap::avx512_kernels(), scap::avx2_kernels(),
+                                 scap::portable_kernels()})
     if (kernels && std::strcmp(kernels->name, name) == 0) return kernels;
   return nullptr;
 }
@@ -31,7 +32,7 @@ const Kernels* by_name(const char* name) {
 const Kernels* best() {
   if (const char* wanted = std::getenv("SCAP_NNCF_ISA"))
     if (const Kernels* kernels = by_name(wanted)) return kernels;
-  for (const Kernels* kernels : {scap::avx512_kernels(), scap::avx2_kernels()})
+  for (const Kernels* kernels : {scap::avx512_bf16_kernels(), scap::avx512_kernels(), scap::avx2_kernels()})
     if (kernels) return kernels;
   return scap::portable_kernels();
 }
@@ -104,6 +105,7 @@ struct Lists {
 
 struct Workspace {
   Buffer<float> x, z, work, block, out;
+  Buffer<uint16_t> half;
   std::vector<std::unique_ptr<Lists>> lists;
 };
 
@@ -268,9 +270,10 @@ class Run {
       }
       if (call_.dropped)
         for (int i = 0; i < call_.count; ++i) call_.dropped[i] += zeros(inputs[size_t(i)], rows, weight(i).threshold);
+      const std::vector<const uint16_t*> halves = as_bfloat(inputs, rows);
       const int64_t threads = std::min(call_.threads, units_);
       parallel(call_.parallel, call_.pool, threads, [&](int64_t t) {
-        for (int64_t u = units_ * t / threads; u < units_ * (t + 1) / threads; ++u) block(u, r0, rows, inputs);
+        for (int64_t u = units_ * t / threads; u < units_ * (t + 1) / threads; ++u) block(u, r0, rows, inputs, halves);
       });
     }
   }
@@ -288,8 +291,48 @@ class Run {
     return count;
   }
 
+  // The inputs as bfloat16, for each weight, where nothing is lost by it and products of those are to be had.
+  std::vector<const uint16_t*> as_bfloat(const std::vector<const float*>& inputs, int64_t rows) {
+    std::vector<const uint16_t*> halves;
+    if (!kernels_->gemm_bf16) return halves;
+    for (int i = 0; i < call_.count; ++i) {
+      const scap_weight& w = weight(i);
+      const bool offset = w.zero && w.zero_type != SCAP_U8;  // others may be too far off for a bfloat16
+      if ((w.format != SCAP_BF16 && w.format != SCAP_U8 && w.format != SCAP_U4) || offset || call_.k % 2 || w.group % 2)
+        return halves;
+    }
+    const int64_t size = rows * call_.k;
+    uint16_t* all = space_.half.get(size_t(size * call_.count));
+    for (int i = 0; i < call_.count; ++i) {
+      int same = 0;
+      while (inputs[size_t(same)] != inputs[size_t(i)]) ++same;
+      if (same < i) {
+        halves.push_back(halves[size_t(same)]);
+        continue;
+      }
+      const float* z = inputs[size_t(i)];
+      uint16_t* half = all + i * size;
+      const int64_t pieces = std::min(call_.threads, rows);
+      std::atomic<uint32_t> lost{0};
+      parallel(call_.parallel, call_.pool, pieces, [&](int64_t t) {
+        uint32_t low = 0;
+        for (int64_t e = rows * t / pieces * call_.k; e < rows * (t + 1) / pieces * call_.k; ++e) {
+          uint32_t bits;
+          std::memcpy(&bits, z + e, 4);
+          low |= bits & 0xffffu;
+          half[e] = uint16_t(bits >> 16);
+        }
+        if (low) lost = 1;
+      });
+      if (lost) return {};
+      halves.push_back(half);
+    }
+    return halves;
+  }
+
   // One unit of columns for `rows` tokens.
-  void block(int64_t u, int64_t r0, int64_t rows, const std::vector<const float*>& inputs) {
+  void block(int64_t u, int64_t r0, int64_t rows, const std::vector<const float*>& inputs,
+             const std::vector<const uint16_t*>& halves) {
     int i = 0;
     while (u >= begins_[size_t(i) + 1]) ++i;
     const int64_t c0 = (u - begins_[size_t(i)]) * unit(i), c1 = std::min(c0 + unit(i), weight(i).n);
@@ -297,8 +340,8 @@ class Run {
     float* work = space.work.get(std::max(2 * scap::kWideChunk, scap::kScratch));
     float* y = space.block.get(size_t(2 * 128 * scap::kGemmRows));
     float* up_y = y + 128 * scap::kGemmRows;
-    product(i, inputs, rows, c0, c1, work, y);
-    if (fused_) product(1, inputs, rows, c0, c1, work, up_y);
+    product(i, inputs, halves, rows, c0, c1, work, y);
+    if (fused_) product(1, inputs, halves, rows, c0, c1, work, up_y);
     for (int64_t r = 0; r < rows; ++r) {
       if (fused_) kernels_->glu(y + r * 128, up_y + r * 128, up(c1 - c0, 16), call_.activation);
       char* out = static_cast<char*>(call_.outputs[i]) + size_t((r0 + r) * weight(i).n + c0) * size_;
@@ -306,12 +349,17 @@ class Run {
     }
   }
 
-  void product(int i, const std::vector<const float*>& inputs, int64_t rows, int64_t c0, int64_t c1, float* work,
-               float* y) {
+  void product(int i, const std::vector<const float*>& inputs, const std::vector<const uint16_t*>& halves, int64_t rows,
+               int64_t c0, int64_t c1, float* work, float* y) {
     // where gate and up have units of their own, the smaller one goes in pieces
     const int64_t own = scap::unit_columns(weight(i).format);
-    for (int64_t c = c0; c < c1; c += own)
-      kernels_->gemm(&weight(i), inputs[size_t(i)], rows, call_.k, c, std::min(c + own, c1), work, y + (c - c0));
+    for (int64_t c = c0; c < c1; c += own) {
+      const int64_t end = std::min(c + own, c1);
+      if (!halves.empty())
+        kernels_->gemm_bf16(&weight(i), halves[size_t(i)], rows, call_.k, c, end, work, y + (c - c0));
+      else
+        kernels_->gemm(&weight(i), inputs[size_t(i)], rows, call_.k, c, end, work, y + (c - c0));
+    }
   }
 
   scap_call call_;

@@ -53,7 +53,7 @@ typedef struct {
 // 0, or a negative number: -1 an argument that makes no sense, -2 out of memory.
 int scap_run(const scap_call* call);
 
-// Name of the instruction set in use: avx512, avx2 or portable. The environment variable SCAP_NNCF_ISA forces one.
+// Name of the instruction set in use: avx512_bf16, avx512, avx2 or portable. The environment variable SCAP_NNCF_ISA forces one.
 const char* scap_isa(void);
 // Use another one; returns 0, or -1 where this machine or build has no such instruction set.
 int scap_force_isa(const char* name);
