@@ -26,7 +26,7 @@ import numpy as np
 
 import scap_nncf
 from scap_nncf import bench_openvino
-from scap_nncf.deploy import deploy
+from scap_nncf.deployment import deploy
 
 WAYS = ("stock", "sparse")
 SPARSITY = {"smollm2": 0.4, "llama-1b": 0.5}
@@ -145,9 +145,9 @@ def run_load(model: str, weights: str, work: Path, results: Path) -> None:
 
 def run_perplexity(work: Path, results: Path, tokens: int) -> None:
     """Deployed beside simulated and stock, in float32 and in the plugin's default precision."""
-    from scap_nncf.deploy_openvino import teach
-
     import openvino as ov
+
+    from scap_nncf.deploy_openvino import teach
 
     core = ov.Core()
     teach(core)
