@@ -98,7 +98,8 @@ def _with_nncf(model: Any, data: list[Any], everything: bool = False) -> tuple[A
 
 
 def _with_scap_nncf(model: Any, data: list[Any], everything: bool = False) -> tuple[Any, Thresholds]:
-    sparse = nncf.compress(model, dataset=nncf.Dataset(data), sparsity=0.5 if everything else PAPER_LLAMA2)
+    sparsity = 0.5 if everything else PAPER_LLAMA2
+    sparse = nncf.compress(model, dataset=nncf.Dataset(data), sparsity=sparsity, allocation="uniform")
     plan = scap_nncf.get_controller(sparse).plan
     return sparse, {layer.name: layer.threshold for layer in plan.layers}
 

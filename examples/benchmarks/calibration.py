@@ -34,6 +34,8 @@ from scap_nncf.perplexity import perplexity
 from scap_nncf.text import builtin_text, read_texts, token_batches, token_ids
 
 PAPER_LLAMA2 = "up,zero,0.35,gate,zero,0.35,down,zero,0.55"
+# each layer gets the sparsity that is asked for, so nothing but the histograms is gathered; allocation.py has the rest
+ONE_PASS: dict[str, Any] = {"allocation": "uniform", "subset_size": None}
 
 
 def main() -> None:
@@ -92,7 +94,7 @@ def quantiles(args: argparse.Namespace, record: Record) -> None:
     """Thresholds against a float64 numpy quantile over all collected values: every site, three modes, nine targets."""
     model, tokenizer = load_model(args.model, dtype=torch.float32)
     batches = calibration_batches(args, tokenizer)
-    statistics = scap_nncf.calibrate(model, dataset=batches, subset_size=None)
+    statistics = scap_nncf.calibrate(model, dataset=batches, **ONE_PASS)
     record.set("sites", len(statistics.sites))
     record.set("tokens", statistics.tokens)
     record.set("bucket_width", 2.0**-7)
@@ -134,8 +136,8 @@ def order(args: argparse.Namespace, record: Record) -> None:
     batches = calibration_batches(args, tokenizer)
 
     def plan_of(data: list[Any]) -> str:
-        statistics = scap_nncf.calibrate(model, dataset=data, subset_size=None)
-        return scap_nncf.make_plan(statistics, scap_nncf.Scap(sparsity=0.5)).to_json()
+        statistics = scap_nncf.calibrate(model, dataset=data, **ONE_PASS)
+        return scap_nncf.make_plan(statistics, scap_nncf.Scap(sparsity=0.5, allocation="uniform")).to_json()
 
     def merged() -> str:
         with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +146,7 @@ def order(args: argparse.Namespace, record: Record) -> None:
                 _child(args, f"{share}:{folder}/{share}")
                 parts.append(scap_nncf.CalibrationStatistics.load(f"{folder}/{share}"))
         whole = parts[2].merge(parts[0]).merge(parts[3].merge(parts[1]))
-        return scap_nncf.make_plan(whole, scap_nncf.Scap(sparsity=0.5)).to_json()
+        return scap_nncf.make_plan(whole, scap_nncf.Scap(sparsity=0.5, allocation="uniform")).to_json()
 
     first = plan_of(batches)
     record.set("layers", first.count('"threshold"'))
@@ -158,14 +160,15 @@ def _order_child(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(args.model, dtype=torch.float32)
     share, folder = args.child.split(":", 1)
     part = calibration_batches(args, tokenizer)[int(share) :: 4]
-    scap_nncf.calibrate(model, dataset=part, subset_size=None).save(folder)
+    scap_nncf.calibrate(model, dataset=part, **ONE_PASS).save(folder)
 
 
 def exact(args: argparse.Namespace, record: Record) -> None:
     """Thresholds that drop nothing: bit-identical without a mode, and to rounding with one."""
     model, tokenizer = load_model(args.model, dtype=torch.float32)
     batches = calibration_batches(args, tokenizer)[:2]
-    plan = scap_nncf.make_plan(scap_nncf.calibrate(model, dataset=batches), scap_nncf.Scap(sparsity=0.5, mode="mean"))
+    statistics = scap_nncf.calibrate(model, dataset=batches, **ONE_PASS)
+    plan = scap_nncf.make_plan(statistics, scap_nncf.Scap(sparsity=0.5, mode="mean", allocation="uniform"))
     with torch.no_grad():
         dense = model(**batches[0]).logits
 
@@ -206,13 +209,15 @@ def cost(args: argparse.Namespace, record: Record) -> None:
         return {"seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - processor}
 
     def calibrate() -> None:
-        statistics = scap_nncf.calibrate(model, dataset=batches, subset_size=None)
-        scap_nncf.make_plan(statistics, scap_nncf.Scap(sparsity=0.5))
+        statistics = scap_nncf.calibrate(model, dataset=batches, **ONE_PASS)
+        scap_nncf.make_plan(statistics, scap_nncf.Scap(sparsity=0.5, allocation="uniform"))
 
     def pair() -> dict[str, Any]:
         return {"plain": timed(lambda: run_plain(model, batches)), "calibration": timed(calibrate)}
 
     pairs = [record.once(f"pair {index}", pair) for index in range(3)]
+    prices = {"sparsity": 0.5, "allocation": "fisher", "allocation_samples": 8, "subset_size": None}
+    record.once("with prices of 8 samples", lambda: timed(lambda: scap_nncf.calibrate(model, dataset=batches, **prices)))
     for clock in ("seconds", "processor_seconds"):
         ratios = sorted(pair["calibration"][clock] / pair["plain"][clock] for pair in pairs)
         record.set(f"ratios of {clock}", ratios)
@@ -240,7 +245,7 @@ def _memory_child(args: argparse.Namespace) -> dict[str, Any]:
     if kind == "plain":
         run_plain(model, batches)
     else:
-        scap_nncf.compress(model, dataset=batches, sparsity=0.5, subset_size=None)
+        scap_nncf.compress(model, dataset=batches, sparsity=0.5, **ONE_PASS)
     return {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "sites": sites}
 
 
@@ -279,12 +284,12 @@ class _Quality:
     def plan(self, **settings: Any) -> Any:
         """A plan from statistics of the dense model."""
         if self._statistics is None:
-            self._statistics = scap_nncf.calibrate(self.model, dataset=self.batches, subset_size=None)
-        return scap_nncf.make_plan(self._statistics, scap_nncf.Scap(**settings))
+            self._statistics = scap_nncf.calibrate(self.model, dataset=self.batches, **ONE_PASS)
+        return scap_nncf.make_plan(self._statistics, scap_nncf.Scap(allocation="uniform", **settings))
 
     def sequential_plan(self, **settings: Any) -> Any:
         """A plan from statistics behind the pruned sites before."""
-        scap_nncf.compress(self.model, dataset=self.batches, sequential=True, subset_size=None, **settings)
+        scap_nncf.compress(self.model, dataset=self.batches, sequential=True, **ONE_PASS, **settings)
         controller: Any = scap_nncf.get_controller(self.model)
         controller.strip()
         return controller.plan
