@@ -10,6 +10,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from scap_nncf import versions as versions  # first: it says in one line what is too old
+
+# isort: split
 from scap_nncf._version import __version__
 from scap_nncf.algorithms.budget import Budget, BudgetError
 from scap_nncf.algorithms.cats import Cats

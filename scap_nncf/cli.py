@@ -179,6 +179,14 @@ def compress(
             help="Calibrate each block on the pruned output of those before it.",
         ),
     ] = False,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            rich_help_panel=CALIBRATION,
+            help="Leave the weights on disk and calibrate block by block: for models larger than memory.",
+        ),
+    ] = False,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -260,7 +268,7 @@ def compress(
         start = time.perf_counter()
         texts = [] if plan is not None and not refine else _calibration_texts(calibration, text_field)
         like = None if match is None else read_texts(match, text_field)
-        loaded, tokenizer = load_model(model, dtype.value, device, trust_remote_code)
+        loaded, tokenizer = load_model(model, dtype.value, device, trust_remote_code, offload)
         record: dict[str, Any] = {"model": model}
         began = time.perf_counter()
         if plan is not None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from scap_nncf.versions import check
+
 
 class MissingExtraError(ImportError):
     """An optional dependency is not installed; the message is one line that names the command to run."""
@@ -20,7 +22,9 @@ def require(module: str, extra: str, purpose: str | None = None) -> ModuleType:
     :param purpose: what needs it, for the message, e.g. `"plotting activations"`.
     :return: the imported module.
     :raises MissingExtraError: if the module's top-level package is not installed.
+    :raises UnsupportedInstallationError: if it is older than this package needs.
     """
+    check(module.partition(".")[0])
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -21,7 +21,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,7 @@ from nncf.common.logging import nncf_logger
 
 from scap_nncf.extras import require
 from scap_nncf.gguf_tokenizer import tokenizer_from_gguf
+from scap_nncf.offload import disk_options, remove_with
 from scap_nncf.storage import cache_folder, new_folder
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
+    offload: bool = False,
 ) -> tuple[Any, Any]:
     """
     Loads a causal language model and its tokenizer.
@@ -66,6 +68,8 @@ def load_model(
         whose dequantised values it holds exactly).
     :param device: None for a CUDA device where there is one, else the CPU.
     :param trust_remote_code: run the model code that comes with a checkpoint. Off, as in transformers.
+    :param offload: leave the weights of the blocks on disk, where each is read when it is needed: for models larger
+        than memory (see :mod:`scap_nncf.offload`).
     :return: (transformers model in eval mode, tokenizer); for an OpenVINO model the `OVModelForCausalLM`, which runs in
         float32 throughout if that is the dtype, else as the plugin likes.
     :raises nncf.ValidationError: if nothing is found under `ref`, it cannot be read, or dtype or device is not known.
@@ -76,6 +80,9 @@ def load_model(
     if str(ref) == "demo":
         return demo_model(dtype=dtype, device=device)
     path = Path(ref).expanduser()
+    if offload and ((path / "checkpoint.json").is_file() or (path / "openvino_model.xml").is_file()):
+        msg = f"{path} holds a compressed or OpenVINO model, which is loaded as a whole; leave out offload"
+        raise nncf.ValidationError(msg)
     if (path / "checkpoint.json").is_file():
         return _from_checkpoint(path, dtype, device)
     if (path / "openvino_model.xml").is_file():
@@ -88,17 +95,17 @@ def load_model(
             raise nncf.ValidationError(msg)
         path = ggufs[0]
     if path.is_dir():
-        return _from_folder(path, dtype, device, trust_remote_code)
+        return _from_folder(path, dtype, device, trust_remote_code, offload)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             msg = f"{path}: no such GGUF file"
             raise nncf.ValidationError(msg)
-        return _from_folder(convert_gguf(path, dtype), dtype, device, trust_remote_code)
+        return _from_folder(convert_gguf(path, dtype), dtype, device, trust_remote_code, offload)
     if path.exists() or str(ref).startswith((".", "/", "~")) or str(ref).count("/") > 1 or "\\" in str(ref):
         kind = "is neither a folder nor a GGUF file" if path.exists() else "does not exist"
         msg = f"{ref} {kind}; expected a model folder, a .gguf file, a hub id such as org/name, or demo"
         raise nncf.ValidationError(msg)
-    return _from_hub(str(ref), dtype, device, trust_remote_code)
+    return _from_hub(str(ref), dtype, device, trust_remote_code, offload)
 
 
 def demo_model(
@@ -271,8 +278,10 @@ def _from_checkpoint(path: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
     return load_pretrained(path, device=device), tokenizer
 
 
-def _from_folder(path: Path, dtype: Any, device: Any, trust_remote_code: bool) -> tuple[Any, Any]:
-    return _load(str(path), dtype, device, trust_remote_code=trust_remote_code, local_files_only=True)
+def _from_folder(
+    path: Path, dtype: Any, device: Any, trust_remote_code: bool, offload: bool = False
+) -> tuple[Any, Any]:
+    return _load(str(path), dtype, device, offload, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
 def _from_openvino(path: Path, dtype: Any) -> tuple[Any, Any]:
@@ -284,7 +293,9 @@ def _from_openvino(path: Path, dtype: Any) -> tuple[Any, Any]:
     return model, tokenizer_of(path)
 
 
-def _from_hub(repository: str, dtype: Any, device: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+def _from_hub(
+    repository: str, dtype: Any, device: Any, trust_remote_code: bool, offload: bool = False
+) -> tuple[Any, Any]:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -297,10 +308,10 @@ def _from_hub(repository: str, dtype: Any, device: Any, trust_remote_code: bool)
     if not online and not cached:
         msg = f"{repository!r} is neither a folder here nor in the hub's cache, and the hub does not answer"
         raise nncf.ValidationError(msg)
-    return _load(repository, dtype, device, trust_remote_code=trust_remote_code, local_files_only=not online)
+    return _load(repository, dtype, device, offload, trust_remote_code=trust_remote_code, local_files_only=not online)
 
 
-def _load(name: str, dtype: Any, device: Any, **options: Any) -> tuple[Any, Any]:
+def _load(name: str, dtype: Any, device: Any, offload: bool = False, **options: Any) -> tuple[Any, Any]:
     transformers = require("transformers", "transformers", "loading a model")
     with _quiet_progress():
         try:
@@ -319,9 +330,11 @@ def _load(name: str, dtype: Any, device: Any, **options: Any) -> tuple[Any, Any]
             if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
                 msg = "there is no tokenizer beside it; save one there with tokenizer.save_pretrained"
                 raise nncf.ValidationError(msg)
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype or "auto", output_loading_info=True, **options
-            )
+            placed: Any = disk_options(config, device) if offload else nullcontext({})
+            with placed as places:
+                model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                    name, dtype=dtype or "auto", output_loading_info=True, **options, **places
+                )
         except MemoryError:
             raise
         except Exception as error:  # a truncated file, a missing shard, a missing package: all kinds of exceptions
@@ -329,6 +342,9 @@ def _load(name: str, dtype: Any, device: Any, **options: Any) -> tuple[Any, Any]
             raise nncf.ValidationError(msg) from error
     # transformers would go on with random values and a warning
     _check_complete(name, info)
+    if offload:
+        remove_with(model, places["offload_folder"])
+        return model.eval(), tokenizer
     return model.to(device).eval(), tokenizer
 
 

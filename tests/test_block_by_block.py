@@ -168,3 +168,36 @@ def test_what_cannot_be_walked() -> None:
         scap_nncf.calibrate(torch.nn.ModuleDict({"a": model}), dataset=[torch.ones(1, 4)], block_by_block=True)
     with pytest.raises(nncf.ValidationError, match="block_by_block"):
         scap_nncf.Scap(block_by_block="yes")
+
+
+def test_load_model_leaves_weights_on_disk(tiny_model_dir: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from scap_nncf.cli import main
+    from scap_nncf.models import load_model
+
+    model, _ = load_model(tiny_model_dir, device="cpu", offload=True)
+    assert all(is_offloaded(block) for block in model.model.layers)
+    assert next(model.model.embed_tokens.parameters()).device.type == "cpu"
+    with pytest.raises(nncf.UnsupportedModelError, match="gradients"):
+        scap_nncf.calibrate(model, dataset=make_batches(2), allocation="fisher")
+    text = tmp_path / "text.txt"
+    text.write_text("It was a bright cold day and the clocks were striking. " * 40)
+    arguments = ["compress", tiny_model_dir, "--calibration", str(text), "--length", "32", "--samples", "3"]
+    arguments += ["--device", "cpu", "--allocation", "uniform", "--json", "--output"]
+    assert main([*arguments, str(tmp_path / "memory")]) == 0
+    assert main([*arguments, str(tmp_path / "disk"), "--offload"]) == 0
+    assert (tmp_path / "memory" / "plan.json").read_bytes() == (tmp_path / "disk" / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "mpt", "gemma3"])
+def test_places_of_families(family: str) -> None:
+    from scap_nncf.offload import disk_places
+
+    model = build_tiny_model(family)
+    places = disk_places(model, "cpu")
+    for name, _ in model.named_parameters():
+        assert any(name.startswith(f"{place}.") for place in places), f"{name} has no place"
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    heads = [place for place in places if "head" in place and not any(part.isdigit() for part in place.split("."))]
+    assert all(places[head] == ("cpu" if tied else "disk") for head in heads)
+    assert sum(where == "disk" for where in places.values()) >= 2

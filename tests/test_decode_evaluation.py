@@ -73,7 +73,7 @@ def test_decode_policy_at_once_equals_one_token_at_a_time_by_hand(tiny_llama, ba
             output = model(input_ids=ids[None, position : position + 1], past_key_values=cache, use_cache=True)
     from scap_nncf.perplexity import Window, window_losses
 
-    (loss, count), = window_losses(model, ids, [Window(0, prompt, len(ids))])
+    ((loss, count),) = window_losses(model, ids, [Window(0, prompt, len(ids))])
     assert count == len(losses)
     assert loss == pytest.approx(sum(losses), rel=2e-3)
 

@@ -23,9 +23,7 @@ def _expected(model: torch.nn.Module, ids: torch.Tensor, context: int) -> tuple[
     for start in range(0, len(ids), context):
         window = ids[start : start + context]
         logits = model(input_ids=window[None]).logits[0].double()
-        losses += [
-            (torch.logsumexp(logits[i], 0) - logits[i, window[i + 1]]).item() for i in range(len(window) - 1)
-        ]
+        losses += [(torch.logsumexp(logits[i], 0) - logits[i, window[i + 1]]).item() for i in range(len(window) - 1)]
     return sum(losses) / len(losses), len(losses)
 
 
