@@ -3,10 +3,10 @@
 Calibration of a model whose weights exceed the memory that the process may use.
 
 Writes a Llama-shaped model with random bfloat16 weights to disk, shard by shard, then calibrates it in a process of its
-own whose private memory is limited (RLIMIT_DATA, which counts the heap and private mappings, on top of what the libraries
-take), once with the weights on disk and once, without a limit, in memory. The limit holds from the end of
-`from_pretrained` on, which maps all shards for a moment without reading them. Records peak resident memory of the whole
-run, time and whether the plans are the same.
+own whose private memory is limited (RLIMIT_DATA: the heap and private mappings; on top of what the libraries take),
+once with the weights on disk and once, without a limit, in memory. The limit holds from the end of `from_pretrained`
+on, which maps all shards for a moment without reading them. Records peak resident memory of the whole run, time and
+whether the plans are the same.
 
     python benchmarks/larger_than_memory.py --limit-mib 700 --output benchmarks/results/larger-than-memory.json
 """

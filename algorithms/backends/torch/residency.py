@@ -9,6 +9,7 @@ are samples.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,10 +59,22 @@ def _fetch(part: nn.Module, hook: Any) -> list[str]:
     for name in names:
         value = hook.weights_map[name]
         if torch.device(hook.execution_device).type == "cpu":
-            value = value.clone()  # not a window into the mapped file, which would stay open as a whole
+            value = _copy(value)
         set_module_tensor_to_device(part, name, hook.execution_device, value=value)
     hook.offload = False  # so that calls leave the weights alone
     return names
+
+
+def _copy(value: torch.Tensor) -> torch.Tensor:
+    """
+    A copy in memory of its own: not a window into the mapped file, which would stay open as a whole, nor from the heap,
+    where the small things that are kept from block to block settle in the gaps and make it grow by a block each time.
+    """
+    if value.numel() == 0 or not value.is_contiguous():
+        return value.clone()
+    memory = mmap.mmap(-1, value.nbytes)  # goes with the last tensor on it
+    copy = torch.frombuffer(memory, dtype=torch.uint8).view(value.dtype).view(value.shape)
+    return copy.copy_(value)
 
 
 def _drop(part: nn.Module, hook: Any, names: list[str]) -> None:
