@@ -193,6 +193,7 @@ def _t5(tf: Any, **options: Any) -> Any:
     )
 
 
+_LATENT = [("q", "k"), ("q",), ("v",), ("o",)]
 # decoder blocks of encoder-decoder models: self attention, cross attention (k and v read the encoder), feed-forward
 _CROSS = [("q",), ("k", "v"), ("o",)]
 
@@ -220,6 +221,21 @@ FAMILIES: dict[str, Family] = {
         _causal("qwen3_moe", "mixture of experts", _experts()),
         _causal("olmoe", "mixture of experts", _experts()),
         _causal("gpt_oss", "mixture of experts", _experts()),
+        Family(
+            "deepseek_v3",
+            "mixture of experts, latent attention",
+            lambda seed: build_tiny_model("deepseek_v3", seed=seed),
+            _text,
+            # the first block is dense; the shared expert runs after the routed ones
+            [*_LATENT, *GLU, *_LATENT, *_experts()[2:], *GLU],
+        ),
+        Family(
+            "falcon_h1",
+            "hybrid of state space and attention",
+            lambda seed: build_tiny_model("falcon_h1", seed=seed),
+            _text,
+            [("in",), ("out",), *SEPARATE, ("up", "gate"), ("down",)] * BLOCKS,
+        ),
         _causal("mamba2", "state space", [("in",), ("out",)]),
         Family(
             "bert",

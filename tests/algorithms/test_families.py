@@ -76,19 +76,6 @@ def test_without_a_sample(family: Family) -> None:
         assert roles == family.roles
 
 
-def test_attention_and_state_space_side_by_side() -> None:
-    from tiny_models import build_tiny_model, make_batches
-
-    model, data = build_tiny_model("falcon_h1"), make_batches(2)
-    report = scap_nncf.inspect_model(model)
-    roles = {tuple(layer.role for layer in site.layers) for site in report.sites}
-    # the state space and the attention of a block read the same tensor, which is pruned once
-    assert {role for site in roles for role in site} == {"in", "q", "k", "v", "o", "out", "gate", "up", "down"}
-    dense = model(**data[0]).logits
-    nncf.compress(model, dataset=data, sparsity={"in": 0.4, "out": 0.5, "ffn": 0.3})
-    assert not torch.equal(model(**data[0]).logits, dense)
-
-
 # -- inputs that are no text ------------------------------------------------------------------------------------------
 
 
