@@ -331,10 +331,10 @@ def summary(record: Record) -> None:
 
 
 def _on_curve(curve: list[tuple[float, float]], at: float, like: list[tuple[float, float]]) -> float | None:
-    """The rise at a realised sparsity, from a point at most 0.03 away; a single point moves as another curve goes."""
+    """The rise at a realised sparsity, from a point at most 0.04 away; a single point moves as another curve goes."""
     curve = sorted(curve)
     near = min(curve, key=lambda point: abs(point[0] - at))
-    if abs(near[0] - at) > 0.03:
+    if abs(near[0] - at) > 0.04:
         return None
     others = sorted(curve if len(curve) > 1 else like)
     if len(others) < 2:
