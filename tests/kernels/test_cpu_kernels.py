@@ -189,9 +189,10 @@ def test_compressed_model(mode: str) -> None:
     model = scap_nncf.compress(model, dataset=data, sparsity=0.5)
     batch = make_batches(1, 1, 4, seed=random.randrange(1 << 30))[0]
     with torch.no_grad():
-        expected = model(**batch).logits
-        logits = deploy(model, backend="cpu")(**batch).logits
-    assert (logits - expected).abs().mean() < 1e-3  # decompressed in float16 in the simulation
+        # the definition on packed weights: the simulation decompresses in float16, which moves values over thresholds
+        expected = deploy(model, backend="reference")(**batch).logits
+        logits = deploy(undeploy(model), backend="cpu")(**batch).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_without_a_compiler_the_definition_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
