@@ -8,10 +8,12 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 import nncf
+import numpy as np
 from nncf.common.graph.graph import NNCFGraph
 from nncf.common.logging import nncf_logger
 from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
 from nncf.common.utils.backend import BackendType
+from numpy.typing import NDArray
 
 from scap_nncf.algorithms import sparsity as sparsity_spec
 from scap_nncf.algorithms.allocation import allocate, choose, wants_prices
@@ -34,6 +36,7 @@ from scap_nncf.algorithms.scap.score import with_scores
 from scap_nncf.algorithms.scap.site_plan import plan_site, site_mode
 from scap_nncf.algorithms.scap.statistics import make_collector
 from scap_nncf.algorithms.sites import ModelReport, Site
+from scap_nncf.algorithms.sparsity import Target
 
 #: TEAL's search runs these through every block some hundred times.
 _GREEDY_SAMPLES = 2
@@ -101,44 +104,64 @@ class ScapBuilder(CompressionBuilder):
         targets = sparsity_spec.resolve(config.sparsity, sites)
         sites = tuple(site for site in sites if any(layer.name in targets for layer in site.layers))
         backend = backend_of(model)
-        points = backend.statistic_points(sites, make_collector)
+        priced = wants_prices(config.allocation, config.sparsity) and not self._does_without_prices(backend, model)
         costs = paths = None
-        processes = current_processes()
-        by_block = walks_by_block(backend, model, config.block_by_block)
-        if wants_prices(config.allocation, config.sparsity) and not self._does_without_prices(backend, model):
-            kept = Kept(samples, config.allocation_samples)
-            share = share_samples(kept, model, sites, processes)
-            count = gather(backend, model, sites, points, share, kept.total, processes, by_block)
-            dense = shrink(sites, backend.histograms_of(points))
-            modes = {site.name: site_mode(site, dense[site.name], targets, config.mode)[0] for site in sites}
-            if config.allocation == "greedy":
-                paths = backend.greedy_paths(model, sites, dense, kept.kept()[:_GREEDY_SAMPLES])
-            else:
-                costs = self._prices(model, sites, dense, modes, kept.kept())
-            if config.sequential:
-                points = backend.statistic_points(sites, make_collector)
+        if priced:
+            points, count, costs, paths = self._gather_with_prices(model, sites, targets, samples)
         elif not config.sequential:
-            share = share_samples(samples, model, sites, processes)
-            count = gather(backend, model, sites, points, share, samples.total, processes, by_block)
+            points, count = self._gather_dense(model, sites, samples)
         targets = allocate(choose(config.allocation, config.sparsity, sites, costs), targets, sites, costs, paths)
         if config.sequential:
-
-            def decide(site: Site, histogram: ActivationHistogram) -> SitePlan:
-                plan = plan_site(site, histogram, targets, config.mode)
-                assert plan is not None  # sites without a target were left out above
-                return plan
-
-            if hasattr(backend, "collect_by_block"):
-                share = share_samples(Samples(data), model, sites, processes)
-                key = {"targets": targets, "mode": config.mode}
-                count = gather_in_sequence(backend, model, sites, points, share, decide, processes, by_block, key)
-            else:  # each process runs all samples: a graph cannot wait for the others at a site
-                count = backend.collect_sequential(model, sites, points, data, decide)
+            points, count = self._gather_in_sequence(model, sites, targets, data)
         calibration = CalibrationStatistics(sites, backend.histograms_of(points), count, costs, paths)
         plan = make_plan(calibration, config)
         if config.score != "magnitude":
             plan = with_scores(model, plan, data)
         return (plan if mitigation is None else mitigate(model, plan, mitigation, data)), calibration
+
+    def _gather_dense(
+        self, model: Any, sites: Sequence[Site], samples: Samples | Kept
+    ) -> tuple[StatisticPointsContainer, int]:
+        """Statistics of the dense model in one pass, and the number of samples."""
+        backend, processes = backend_of(model), current_processes()
+        points = backend.statistic_points(sites, make_collector)
+        share = share_samples(samples, model, sites, processes)
+        by_block = walks_by_block(backend, model, self.config.block_by_block)
+        return points, gather(backend, model, sites, points, share, samples.total, processes, by_block)
+
+    def _gather_with_prices(
+        self, model: Any, sites: Sequence[Site], targets: Mapping[str, Target], samples: Samples
+    ) -> tuple[StatisticPointsContainer, int, Costs | None, dict[str, NDArray[np.float64]] | None]:
+        """As :meth:`_gather_dense`, and what sparsity costs in each layer, or the paths of the greedy search."""
+        backend, config = backend_of(model), self.config
+        kept = Kept(samples, config.allocation_samples)
+        points, count = self._gather_dense(model, sites, kept)
+        dense = shrink(sites, backend.histograms_of(points))
+        if config.allocation == "greedy":
+            paths = backend.greedy_paths(model, sites, dense, kept.kept()[:_GREEDY_SAMPLES])
+            return points, count, None, paths
+        modes = {site.name: site_mode(site, dense[site.name], targets, config.mode)[0] for site in sites}
+        return points, count, self._prices(model, sites, dense, modes, kept.kept()), None
+
+    def _gather_in_sequence(
+        self, model: Any, sites: Sequence[Site], targets: Mapping[str, Target], data: Sequence[Any]
+    ) -> tuple[StatisticPointsContainer, int]:
+        """Statistics of each site behind the pruned sites before it, and the number of samples."""
+        backend, processes, config = backend_of(model), current_processes(), self.config
+        points = backend.statistic_points(sites, make_collector)
+
+        def decide(site: Site, histogram: ActivationHistogram) -> SitePlan:
+            plan = plan_site(site, histogram, targets, config.mode)
+            assert plan is not None  # sites without a target were left out before
+            return plan
+
+        if not hasattr(backend, "collect_by_block"):
+            # each process runs all samples: a graph cannot wait for the others at a site
+            return points, backend.collect_sequential(model, sites, points, data, decide)
+        share = share_samples(Samples(data), model, sites, processes)
+        by_block = walks_by_block(backend, model, config.block_by_block)
+        key = {"targets": targets, "mode": config.mode}
+        return points, gather_in_sequence(backend, model, sites, points, share, decide, processes, by_block, key)
 
     def _does_without_prices(self, backend: Any, model: Any) -> bool:
         """
