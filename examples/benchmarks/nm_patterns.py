@@ -36,7 +36,7 @@ from scap_nncf.text import builtin_text, read_texts, token_batches, token_ids
 
 PATTERNS: dict[str, Any] = {"8:16": "8:16", "2:4": "2:4", "top-k 50 %": 0.5, "16:32": "16:32"}
 PATTERNS |= {"top-k 70 %": 0.7, "4:8": "4:8"}
-MITIGATIONS = ("none", "var", "d-pts", "s-pts", "r-sparse", "l-pts", "ls", "var+l-pts")
+MITIGATIONS = ("none", "var", "d-pts", "r-sparse", "l-pts", "var+l-pts", "ls", "s-pts")
 CRITERIA = ("act", "clact", "amber", "wina")
 
 
