@@ -8,6 +8,7 @@ that pass, which are then forgotten: memory holds the vectors, their moments and
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import nncf
 import torch
+from nncf.common.logging import nncf_logger
 from nncf.common.logging.track_progress import track
 from torch import nn
 
@@ -69,6 +71,7 @@ def train_mitigation(
     run(held_out, _Learner.judge, "Measuring before learning")
     for learner in learners:
         learner.end_epoch(mitigation.patience)
+    before = [learner.best_loss for learner in learners if learner.best_loss > 0]
     for epoch in range(mitigation.epochs):
         run(rest, _Learner.learn, f"Learning mitigation, epoch {epoch + 1} of at most {mitigation.epochs}")
         run(held_out, _Learner.judge, "Measuring on held-out samples")
@@ -76,6 +79,12 @@ def train_mitigation(
             learner.end_epoch(mitigation.patience)
         if all(learner.done for learner in learners):
             break
+    after = [learner.best_loss for learner in learners if learner.best_loss > 0]
+    if before and after:
+        nncf_logger.info(
+            f"Relative squared error of a site on held-out samples, mean over {len(after)} sites: "
+            f"{statistics.fmean(before):.4f} before, {statistics.fmean(after):.4f} after learning."
+        )
     return {key: value for learner in learners for key, value in learner.vectors().items()}
 
 
@@ -202,6 +211,11 @@ class _Learner:
             self._waited += 1
             self.done = self._waited >= patience
         self._loss, self._tokens = 0.0, 0
+
+    @property
+    def best_loss(self) -> float:
+        """The smallest held-out loss so far; 0 where nothing reached the site."""
+        return self._best_loss if self._best_loss < float("inf") else 0.0
 
     def vectors(self) -> dict[tuple[str, str], Vector]:
         """The best that was found."""
