@@ -57,7 +57,7 @@ def evaluate(
     ] = False,
     dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also run the dense model.")] = True,
     batch_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Above 1: whole texts in batches, for a GPU.")
+        int, typer.Option(min=1, metavar="N", help="Above 1: whole texts in batches, for a GPU or short items.")
     ] = 1,
     data: Annotated[
         str,

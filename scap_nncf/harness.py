@@ -53,6 +53,11 @@ SUITES: dict[str, dict[str, int]] = {
 _METRICS = ("acc_norm", "acc", "exact_match", "f1", "bleu", "rouge1")
 
 
+# Tokens a pass: enough that reading the weights does not rule the time, few enough that logits of them fit anywhere
+# (1024 x a vocabulary of 50k x 4 bytes = 200 MB).
+_PASS_TOKENS = 1024
+
+
 @dataclass(frozen=True)
 class LoadedTask:
     """
@@ -294,8 +299,8 @@ class SparseLM(HFLM):
     under the token policy of the plan, at once or (`decode`) token by token. Scores equal those of lm-eval's class up
     to rounding where every token is pruned, or none.
 
-    :param batch_size: above 1, lm-eval's own batches of whole texts are used where policy and model allow them; better
-        on a GPU, while sharing prompts is better on a CPU.
+    :param batch_size: above 1, lm-eval's own batches of whole texts are used where policy and model allow them: faster
+        on a GPU and for short items, while sharing prompts saves most where they are long.
     """
 
     def __init__(
@@ -339,45 +344,70 @@ class SparseLM(HFLM):
             by_prompt.setdefault(prompt, []).append(index)
         answers: list[Any] = [None] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring")
-        for prompt, indices in by_prompt.items():
-            scores = self._score(prompt, [requests[i][2] for i in indices])
-            for index, answer in zip(indices, scores):
+        for chunk in self._chunks(by_prompt, requests):
+            rows = [(prompt, index) for prompt, indices in chunk for index in indices]
+            scores = self._score([prompt for prompt, _ in chunk], [[requests[i][2] for i in ids] for _, ids in chunk])
+            for (_, index), answer in zip(rows, scores):
                 answers[index] = answer
                 if requests[index][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
-            bar.update(len(indices))
+            bar.update(len(rows))
         bar.close()
         return answers
 
+    def _chunks(
+        self, by_prompt: dict[tuple[int, ...], list[int]], requests: Any
+    ) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
+        """Prompts that run side by side: of one length, so that none is padded; the longest first."""
+        if self.alone:
+            yield from ([(prompt, [index])] for prompt, indices in by_prompt.items() for index in indices)
+            return
+        chunk: list[tuple[tuple[int, ...], list[int]]] = []
+        rows = longest = 0
+        for prompt, indices in sorted(by_prompt.items(), key=lambda item: -len(item[0])):
+            there = max(len(requests[index][2]) for index in indices)
+            tokens = max((len(chunk) + 1) * len(prompt), (rows + len(indices)) * max(longest, there))
+            if chunk and (len(prompt) != len(chunk[0][0]) or tokens > _PASS_TOKENS):
+                yield chunk
+                chunk, rows, longest = [], 0, 0
+            chunk.append((prompt, indices))
+            rows, longest = rows + len(indices), max(longest, there)
+        if chunk:
+            yield chunk
+
     @torch.no_grad()
-    def _score(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether it is the most likely one token by token."""
-        if self.alone and len(continuations) > 1:
-            return [self._score(prompt, [continuation])[0] for continuation in continuations]
-        ids = torch.tensor([prompt], dtype=torch.int64, device=self.device)
-        lengths = torch.tensor([len(c) for c in continuations])
+    def _score(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
+        """
+        Log-likelihood of each continuation of each prompt, and whether it is the most likely one token by token.
+
+        :param prompts: of one length.
+        """
+        ids = torch.tensor(prompts, dtype=torch.int64, device=self.device)  # [P, T]
         first, cache = token_steps.run_prompt(self.model, ids)
-        first = first.float().log_softmax(-1)[0]  # [vocabulary]
-        sums = [float(first[c[0]]) for c in continuations]
-        greedy = [int(first.argmax()) == c[0] for c in continuations]
-        longest = int(lengths.max()) - 1  # the last token of a continuation is predicted, not read
-        if longest:
-            rows = [row for row, c in enumerate(continuations) if len(c) > 1]
-            padded = torch.zeros(len(rows), longest, dtype=torch.int64)
-            targets = torch.zeros(len(rows), longest, dtype=torch.int64)
-            for i, row in enumerate(rows):
-                c = torch.tensor(continuations[row])
+        first = first.float().log_softmax(-1).cpu()  # [P, vocabulary]
+        likeliest = first.argmax(-1)
+        rows = [(i, c) for i, group in enumerate(continuations) for c in group]
+        sums = [float(first[i, c[0]]) for i, c in rows]
+        greedy = [int(likeliest[i]) == c[0] for i, c in rows]
+        going_on = [row for row, (_, c) in enumerate(rows) if len(c) > 1]
+        if going_on:
+            inner = torch.tensor([len(rows[row][1]) - 1 for row in going_on])  # the last token is predicted, not read
+            padded = torch.zeros(len(going_on), int(inner.max()), dtype=torch.int64)
+            targets = torch.zeros_like(padded)
+            for i, row in enumerate(going_on):
+                c = torch.tensor(rows[row][1])
                 padded[i, : len(c) - 1], targets[i, : len(c) - 1] = c[:-1], c[1:]
-            if not is_optimum_model(self.model):
-                cache = token_steps.repeat(cache, len(rows)) if len(rows) > 1 else cache
-            inner = lengths[rows] - 1
+            if not self.alone:
+                cache = token_steps.select(cache, [rows[row][0] for row in going_on], self.device)
             done = 0
             for logits in token_steps.run_rest(self.model, cache, padded.to(self.device), self.decode, inner):
-                scores = logits.float().log_softmax(-1).cpu()  # [rows, t, vocabulary]
+                scores = logits.float().log_softmax(-1)  # [rows, t, vocabulary]
                 here = targets[:, done : done + scores.shape[1]]
-                picked = scores.gather(-1, here.unsqueeze(-1)).squeeze(-1)
-                best = scores.argmax(-1) == here
-                for i, row in enumerate(rows):
+                picked = scores.gather(-1, here.to(scores.device).unsqueeze(-1)).squeeze(-1).cpu()
+                best = scores.argmax(-1).cpu() == here
+                for i, row in enumerate(going_on):
                     count = max(0, min(int(inner[i]) - done, scores.shape[1]))
                     sums[row] += float(picked[i, :count].double().sum())
                     greedy[row] = greedy[row] and bool(best[i, :count].all())

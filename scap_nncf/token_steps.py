@@ -9,7 +9,6 @@ prunes what follows). Both ways give equal logits up to rounding.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -78,14 +77,12 @@ def can_share_prompts(model: Any) -> bool:
         _, cache = run_prompt(model, torch.zeros(1, 1, dtype=torch.int64, device=model.device))
     except (nncf.UnsupportedModelError, TypeError):
         return False
-    return hasattr(cache, "batch_repeat_interleave")
+    return hasattr(cache, "batch_select_indices")
 
 
-def repeat(cache: Any, count: int) -> Any:
-    """A copy of a cache of one text [1, ...] for `count` texts that begin alike."""
-    cache = copy.deepcopy(cache)
-    if count > 1:
-        cache.batch_repeat_interleave(count)
+def select(cache: Any, rows: list[int], device: Any) -> Any:
+    """A cache with the given rows of one [B, ...], each as often as it is named; it is used up."""
+    cache.batch_select_indices(torch.tensor(rows, device=device))
     return cache
 
 

@@ -227,13 +227,14 @@ def test_interrupted_runs_resume(tiny_llama, tiny_tokenizer, plan, folder, tmp_p
     scored: list[int] = []
     original = harness.SparseLM._score
 
-    def counting(self, prompt, continuations):
-        scored.append(len(continuations))
+    def counting(self, prompts, continuations):
+        scored.append(len(prompts))
         if limit is not None and len(scored) > limit:
             raise KeyboardInterrupt
-        return original(self, prompt, continuations)
+        return original(self, prompts, continuations)
 
     monkeypatch.setattr(harness.SparseLM, "_score", counting)
+    monkeypatch.setattr(harness, "_PASS_TOKENS", 1)  # one prompt a pass
     limit: int | None = 20
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny_llama, tiny_tokenizer, **arguments)

@@ -3,12 +3,14 @@
 Quality of plans on tasks and text, and whether decoding token by token gives the figures of whole texts.
 
     python examples/benchmarks/evaluation.py plans --calibration TEXTS --output plans
-    scap-nncf evaluate demo --plan uniform=plans/uniform --plan fisher=plans/fisher --tasks LIST --limit 500 \
-        --perplexity wikitext2 --data DIR --dtype bfloat16 --resume answers --output run
+    scap-nncf evaluate demo --plan uniform=plans/uniform --plan fisher=plans/fisher --tasks TASK --limit 500 \
+        --data DIR --dtype bfloat16 --resume answers --output tasks/TASK
+    python examples/benchmarks/evaluation.py merge --runs tasks --output evaluation_results.json
     python examples/benchmarks/evaluation.py agreement --text TEXT --plans plans --output agreement.json
 
 `plans` calibrates once in float32 and writes plans of equal target sparsity: uniform, and allocated by Fisher
-information. `agreement` measures perplexity both ways under both token policies.
+information. `merge` puts the results of single tasks into one file. `agreement` measures perplexity both ways under
+both token policies.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ import torch
 import scap_nncf
 from scap_nncf.models import load_model
 from scap_nncf.perplexity import perplexity
-from scap_nncf.significance import paired_windows
+from scap_nncf.significance import mean_of, paired_outcomes, paired_windows
 from scap_nncf.text import builtin_text, read_texts, token_batches, token_ids
 
 
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--stride", type=int, default=128)
+    parser.add_argument("--runs", type=Path, help="folder of folders with evaluation_results.json")
     parser.add_argument("--plans", type=Path, default=Path("plans"))
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -113,7 +117,34 @@ def agreement(args: argparse.Namespace) -> None:
             args.output.write_text(json.dumps(data, indent=1) + "\n")
 
 
-PARTS = {"plans": plans, "agreement": agreement}
+def merge(args: argparse.Namespace) -> None:
+    """One `evaluation_results.json` from those of single tasks: tasks side by side, sparsity averaged over them."""
+    files = sorted(args.runs.glob("*/evaluation_results.json"))
+    parts = [json.loads(file.read_text()) for file in files]
+    whole = parts[0]
+    names = [run["name"] for run in whole["runs"]]
+    if any([run["name"] for run in part["runs"]] != names for part in parts):
+        raise SystemExit(f"the runs differ: {', '.join(map(str, files))}")
+    whole["tasks"] = [task for part in parts for task in part["tasks"]]
+    whole["args"]["tasks"] = [task["task"] for task in whole["tasks"]]
+    for index, name in enumerate(names):
+        runs = [part["runs"][index] for part in parts]
+        merged = whole["runs"][index]
+        for place, layer in enumerate(merged["layers"]):
+            layer["realised"] = sum(run["layers"][place]["realised"] for run in runs) / len(runs)
+        for key in ("realised", "read_bytes", "seconds"):
+            values = [run[key] for run in runs if run[key] is not None]
+            merged[key] = sum(values) / (1 if key == "seconds" else len(values)) if values else None
+        if index:
+            changes = [paired_outcomes(task["outcomes"][names[0]], task["outcomes"][name]) for task in whole["tasks"]]
+            mean = mean_of(changes)
+            whole["mean_change"][name] = {**asdict(mean), "interval95": mean.interval}
+    whole["sparsity"] = {layer["layer"]: layer["realised"] for layer in whole["runs"][-1]["layers"]}
+    whole["evaluation"] = {"results": {k: v for part in parts for k, v in part["evaluation"]["results"].items()}}
+    args.output.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+PARTS = {"plans": plans, "agreement": agreement, "merge": merge}
 
 if __name__ == "__main__":
     main()
