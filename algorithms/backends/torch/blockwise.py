@@ -93,12 +93,12 @@ class BlockWalk:
     def forecast(self, sites: Sequence[Site]) -> str:
         """What will be in memory, as text, before the run."""
         blocks = [weight_bytes(self._model.get_submodule(name)) for name in self.names]
-        outside = weight_bytes(self._model) - sum(blocks)
+        outside = sum(weight_bytes(module) for module in _outside(self._model, self.names))
         offloaded = any(is_offloaded(self._model.get_submodule(name)) for name in self.names)
         weights = f"one of {len(blocks)} blocks at a time, {max(blocks) / 2**20:.0f} MiB" if offloaded else "all blocks"
         return (
-            f"Calibrating block by block: {weights} of {sum(blocks) / 2**20:.0f} MiB, and {outside / 2**20:.0f} MiB "
-            f"outside of blocks; histograms {len(sites) * _HISTOGRAM_BYTES / 2**20:.0f} MiB; "
+            f"Calibrating block by block: {weights} of {sum(blocks) / 2**20:.0f} MiB, {outside / 2**20:.0f} MiB before "
+            f"the first of them; histograms {len(sites) * _HISTOGRAM_BYTES / 2**20:.0f} MiB; "
             f"hidden states of {self._samples} samples."
         )
 
