@@ -120,8 +120,7 @@ def calibrate(model: Any, *, dataset: Any, tokenizer: Any = None, **settings: An
 
     :param settings: fields of :class:`scap_nncf.Scap`; the sparsity says which sites are gathered (default: all).
     """
-    _, statistics = ScapBuilder(Scap(**settings)).calibrate(_without_compiler(model), dataset, tokenizer)
-    return statistics
+    return ScapBuilder(Scap(**settings)).collect_statistics(_without_compiler(model), dataset, tokenizer)
 
 
 def inspect_model(

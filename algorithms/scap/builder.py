@@ -92,12 +92,25 @@ class ScapBuilder(CompressionBuilder):
 
         :raises nncf.ValidationError: as :meth:`build`.
         """
+        calibration, data = self._gather(model, dataset, tokenizer)
+        plan, mitigation = make_plan(calibration, self.config), as_mitigation(self.config.mitigation)
+        if self.config.score != "magnitude":
+            plan = with_scores(model, plan, data)
+        return (plan if mitigation is None else mitigate(model, plan, mitigation, data)), calibration
+
+    def collect_statistics(self, model: Any, dataset: Any, tokenizer: Any = None) -> CalibrationStatistics:
+        """As :meth:`calibrate`, without a plan."""
+        return self._gather(model, dataset, tokenizer)[0]
+
+    def _gather(self, model: Any, dataset: Any, tokenizer: Any) -> tuple[CalibrationStatistics, list[Any]]:
+        """Statistics, and the samples where planning goes through them again."""
         refuse_sparse(model)
         config = self.config
         samples: Any = Samples(dataset, tokenizer, config.subset_size)
         first = samples.first()
-        mitigation, data = as_mitigation(config.mitigation), []
-        if mitigation is not None or config.sequential or config.score != "magnitude":  # they go through the data again
+        data: list[Any] = []
+        mitigated = as_mitigation(config.mitigation) is not None
+        if mitigated or config.sequential or config.score != "magnitude":  # they go through the data again
             data = list(samples)
             samples = Samples(data)
         sites = self.find_sites(model, first).sites
@@ -113,11 +126,7 @@ class ScapBuilder(CompressionBuilder):
         targets = allocate(choose(config.allocation, config.sparsity, sites, costs), targets, sites, costs, paths)
         if config.sequential:
             points, count = self._gather_in_sequence(model, sites, targets, data)
-        calibration = CalibrationStatistics(sites, backend.histograms_of(points), count, costs, paths)
-        plan = make_plan(calibration, config)
-        if config.score != "magnitude":
-            plan = with_scores(model, plan, data)
-        return (plan if mitigation is None else mitigate(model, plan, mitigation, data)), calibration
+        return CalibrationStatistics(sites, backend.histograms_of(points), count, costs, paths), data
 
     def _gather_dense(
         self, model: Any, sites: Sequence[Site], samples: Samples | Kept

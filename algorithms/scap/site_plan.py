@@ -33,9 +33,11 @@ def plan_site(
     if not layers:
         return None
     mode, found_by = site_mode(site, histogram, targets, mode_method)
+    asked = {targets[layer.name].sparsity for layer in layers}
+    found = {sparsity: _threshold(histogram, sparsity, mode) for sparsity in asked}  # mostly one for all of them
     planned = []
     for layer in layers:
-        threshold, sparsity = _threshold(histogram, targets[layer.name].sparsity, mode)
+        threshold, sparsity = found[targets[layer.name].sparsity]
         planned.append(LayerPlan(layer.name, layer.role, layer.in_features, layer.out_features, threshold, sparsity))
     if all(layer.threshold == 0.0 for layer in planned) and mode == 0.0:
         found_by = NATURAL
