@@ -107,7 +107,13 @@ void release_file_pages(const void* data, size_t bytes) {
 }
 
 void run_parallel(void*, int64_t count, void (*body)(void*, int64_t), void* context) {
-  ov::parallel_nt_static(int(count), [&](int i, int) { body(context, i); });
+  const auto run = [&] { ov::parallel_nt_static(int(count), [&](int i, int) { body(context, i); }); };
+#if OV_THREAD_USE_TBB
+  // a thread that waits takes up nothing else: it could be another call, which uses the same scratch
+  tbb::this_task_arena::isolate(run);
+#else
+  run();
+#endif
 }
 
 // -- attributes --------------------------------------------------------------------------------------------------------
