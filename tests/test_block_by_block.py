@@ -19,7 +19,7 @@ import scap_nncf
 from scap_nncf.algorithms.backends.torch import blockwise
 from scap_nncf.algorithms.backends.torch.residency import is_offloaded
 
-FAMILIES = ["llama", "gpt2", "gemma3", "falcon", "mixtral"]
+FAMILIES = ["gpt2", "gemma3", "mixtral"]  # Llama is in every other test
 
 
 def statistics(model: torch.nn.Module, data: Any = None, **settings: Any) -> bytes:
@@ -99,16 +99,14 @@ def test_hidden_states_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     written = []
     to_file = blockwise._Hidden.to_file
     monkeypatch.setattr(blockwise._Hidden, "to_file", lambda self, file: written.append(file) or to_file(self, file))
-    for family in ("llama", "gpt2"):
-        for sequential in (False, True):
-            usual = statistics(build_tiny_model(family), sequential=sequential)
-            assert statistics(build_tiny_model(family), sequential=sequential, block_by_block=True) == usual
-    assert len(written) == 4 * 2 * 3  # calibrations, blocks, samples
+    for sequential in (False, True):
+        usual = statistics(build_tiny_model("llama"), sequential=sequential)
+        assert statistics(build_tiny_model("llama"), sequential=sequential, block_by_block=True) == usual
+    assert len(written) == 2 * 2 * 3  # calibrations, blocks, samples
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize(("family", "sequential"), [("llama", True), ("gpt2", False), ("gemma3", True)])
 def test_goes_on_at_a_block_after_kill(family: str, sequential: bool, tmp_path: Path) -> None:
     folder = tmp_path / "unfinished"
     blocks = {"llama": "model.layers", "gpt2": "transformer.h", "gemma3": "model.layers"}[family]
@@ -143,8 +141,7 @@ def test_goes_on_at_a_block_after_kill(family: str, sequential: bool, tmp_path: 
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize(("family", "by_block"), [("llama", True), ("mixtral", False)])
 def test_processes_in_sequence(family: str, by_block: bool, tmp_path: Path) -> None:
     def compress(folder: Path, **settings: Any) -> None:
         settings = {"sparsity": 0.5, "allocation": "uniform", "sequential": True, **settings}

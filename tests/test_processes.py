@@ -59,10 +59,8 @@ def compress(folder: Path, family: str = "llama", samples: int = 7, stream: bool
 @pytest.mark.parametrize(
     ("count", "settings"),
     [
-        (2, {}),
         (3, {"stream": True, "sparsity": {"ffn": 0.6}, "mode": "median"}),
         (3, {"samples": 2}),  # the third has none
-        (2, {"family": "opt"}),
         (2, {"allocation": "fisher", "allocation_samples": 3}),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(value) or "dense",

@@ -26,7 +26,7 @@ EXAMPLES = {"checkpoint.json and its tensors": 15}
 
 @pytest.mark.parametrize("target", fuzz_loaders.TARGETS, ids=lambda target: target.name)
 def test_damaged_and_hostile_files(target: fuzz_loaders.Target) -> None:
-    examples = EXAMPLES.get(target.name, 60)
+    examples = EXAMPLES.get(target.name, 40)
     if "IR" in target.name:
         pytest.importorskip("openvino")
     outcomes = fuzz_loaders.run(target, examples, number=int(np.random.default_rng().integers(1 << 31)))
