@@ -115,7 +115,7 @@ def prompt_of(model: str, length: int) -> np.ndarray[Any, Any]:
     from scap_nncf.text import builtin_text
 
     tokenizer = AutoTokenizer.from_pretrained(str(demo_model_folder()))
-    return np.array(tokenizer("\n".join(builtin_text("evaluation"))[:20000])["input_ids"][:length])
+    return np.array(tokenizer("\n".join(builtin_text("held_out"))[:20000])["input_ids"][:length])
 
 
 def run_decode(model: str, weights: str, work: Path, results: Path, rounds: int) -> None:
