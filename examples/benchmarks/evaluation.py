@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--runs", type=Path, help="folder of folders with evaluation_results.json")
+    parser.add_argument("--dtype", default="float32", help="of `agreement`")
+    parser.add_argument("--models", default="dense,uniform,fisher", help="of `agreement`")
     parser.add_argument("--plans", type=Path, default=Path("plans"))
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -65,11 +67,11 @@ def plans(args: argparse.Namespace) -> None:
 
 def agreement(args: argparse.Namespace) -> None:
     """Perplexity at once and token by token, for each plan and both token policies; rows are written as they come."""
-    model, tokenizer = load_model(args.model, dtype=torch.float32, device="cpu")
+    model, tokenizer = load_model(args.model, dtype=args.dtype, device="cpu")
     texts = read_texts(args.text) if args.text else list(builtin_text("held_out"))
     ids = token_ids(tokenizer, texts)[: args.tokens]
     rows: list[dict[str, Any]] = []
-    for name in ("dense", "uniform", "fisher"):
+    for name in args.models.split(","):
         for prune in ("all", "decode") if name != "dense" else ("all",):
             if name != "dense":
                 scap_nncf.compress(model, plan=scap_nncf.Plan.load(args.plans / name).with_prune(prune))
@@ -106,7 +108,7 @@ def agreement(args: argparse.Namespace) -> None:
             data = {
                 "command": f"python examples/benchmarks/evaluation.py {' '.join(shown)}",
                 "about": {
-                    "dtype": "float32",
+                    "dtype": args.dtype,
                     "context": args.context,
                     "stride": args.stride,
                     "torch": torch.__version__,
