@@ -744,9 +744,9 @@ def _about(model: Any, tokenizer: Any, decode: bool, seconds: float) -> dict[str
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    config = getattr(model, "config", None)
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     return {
-        "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        "model": Path(name).name if Path(name).is_absolute() else name,  # no paths of this machine in what is shared
         "class": type(model).__name__,
         "dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
         "device": str(getattr(model, "device", "")),
