@@ -84,6 +84,7 @@ SPARSITIES: dict[str, Any] = {
 }
 
 MODES = ("eager", "graph", "compiled")
+_WARM_UP = 3  # steps before a way to decode is timed
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -154,6 +155,7 @@ class Decoder:
     def __init__(self, model: nn.Module, batch: int, prompt: int, tokens: int, seed: int = 2) -> None:
         from transformers import StaticCache
 
+        tokens = max(tokens, _WARM_UP + 1)
         self.model, self.batch, self.prompt, self.tokens = model, batch, prompt, tokens
         self.device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(seed)
@@ -193,7 +195,7 @@ class Decoder:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):
+            for _ in range(_WARM_UP):
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
         self.reset()
@@ -233,7 +235,7 @@ def _prepare(decoder: Decoder, mode: str) -> None:
     if mode == "compiled":
         decoder.compile()
     if mode == "eager" or not on_gpu:
-        for _ in range(3):
+        for _ in range(_WARM_UP):
             decoder.run()
     else:
         decoder.capture()

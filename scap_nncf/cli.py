@@ -23,6 +23,7 @@ import typer
 
 import scap_nncf
 from scap_nncf.algorithms import processes
+from scap_nncf.cli_bench import bench
 from scap_nncf.cli_evaluate import evaluate, report
 from scap_nncf.cli_export import CONTEXT_SETTINGS, apply_recipe, export
 from scap_nncf.cli_options import (
@@ -427,6 +428,7 @@ app.command(name="export", context_settings=CONTEXT_SETTINGS, add_help_option=Fa
 app.command(name="evaluate")(evaluate)
 app.command(name="report")(report)
 app.command(name="search")(search)
+app.add_typer(bench)
 
 
 def _calibration_texts(calibration: str, field: str) -> Sequence[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands `scap-nncf bench kernel` and `scap-nncf bench decode`."""
+"""The commands `scap-nncf bench kernel`, `bench decode` and `bench openvino`."""
 
 from __future__ import annotations
 
@@ -113,6 +113,47 @@ def _numbers(text: str, option: str) -> list[int]:
 
 def _words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@bench.command()
+def kernel(
+    shapes: Annotated[
+        str, typer.Argument(help="Named shapes, separated by commas; NAME:ROLE picks one operation.")
+    ] = "llama-3-8b",
+    output: Out = None,
+    dtypes: Annotated[str, typer.Option(help="fp16, bf16, fp32.")] = "fp16",
+    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="Shares of dropped inputs.")] = "0,0.4,0.5,0.7,0.9",
+    rows: Annotated[str, typer.Option(help="Rows of the activation, 1 to 16.")] = "1",
+    peers: Annotated[
+        Path | None, typer.Option(help="Folder with peers' kernels: teal.py, cats.py; measured beside ours.")
+    ] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Search tiles for these shapes first.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Microseconds of the GPU kernels beside the dense library and the time to read the weights that are kept."""
+    from scap_nncf import bench_kernels
+
+    try:
+        shares = [float(item) for item in _words(sparsity)]
+    except ValueError as error:
+        msg = f"--sparsity {sparsity!r}: expected numbers such as 0.5, separated by commas ({error})"
+        raise typer.BadParameter(msg) from error
+    folder = output if output is not None else Path("bench_kernel")
+    try:
+        with work(as_json) as out:
+            results = bench_kernels.run(
+                _words(shapes),
+                _words(dtypes),
+                shares,
+                folder,
+                rows=_numbers(rows, "--rows"),
+                peers_dir=peers,
+                tune=tune,
+                command=f"scap-nncf bench kernel {shapes} --dtypes {dtypes} --sparsity {sparsity} --rows {rows}",
+            )
+            out.result({"results": results, "folder": str(folder)}, f"{len(results)} measurements, saved to {folder}")
+    except (ValueError, RuntimeError) as error:  # an unknown shape or dtype, or no GPU
+        raise nncf.ValidationError(str(error)) from error
 
 
 class What(str, Enum):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import scap_nncf
@@ -346,6 +347,28 @@ def test_an_unexpected_error_names_its_type(run, monkeypatch, tiny_model_dir):
     code, _, err = run("inspect", tiny_model_dir)
     assert code == 1
     assert _error(err) == "scap-nncf: error: ZeroDivisionError: by zero (--debug shows where)"
+
+
+def test_bench(run, tmp_path):
+    code, out, err = run(
+        "bench", "decode", "tiny", "--device", "cpu", "--dtype", "float32", "--prompts", "8", "--batches", "1",
+        "--tokens", "2", "--rounds", "1", "--dense-modes", "eager", "--sparse-modes", "eager", "--prefill", "8",
+        "--sparsity", "0.5", "--output", tmp_path / "bench", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    rows = json.loads(out)["decode"]
+    assert [row["variant"] for row in rows] == ["dense", "0.5"]
+    assert all(row["ms"] > 0 for row in rows)
+    assert 0.3 < rows[1]["realised"] < 0.7
+    assert json.loads((tmp_path / "bench" / "decode.json").read_text())["decode"] == rows
+    code, _, err = run("bench", "decode", "no-such-shape")
+    assert code == 1
+    assert "mistral-7b" in err
+    if not torch.cuda.is_available():
+        code, _, err = run("bench", "kernel", "--output", tmp_path / "kernels")
+        assert code == 1
+        assert "CUDA" in err
+        assert not (tmp_path / "kernels").exists()
 
 
 def test_help_and_version(run):
