@@ -324,11 +324,14 @@ def test_read_only_output(run, monkeypatch, tmp_path, tiny_model_dir, text_file)
 def test_ended_from_outside(run, monkeypatch, tmp_path, tiny_model_dir, text_file, stop, expected):
     """Nothing half-written stays."""
     monkeypatch.setattr(scap_nncf, "compress", lambda *_, **__: signal.raise_signal(stop))
-    before = signal.getsignal(signal.SIGTERM)
+    # a process that was started in the background of a script ignores interrupts
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code, out, err = run("compress", tiny_model_dir, "--calibration", text_file, "--output", tmp_path / "plan")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
     assert (code, out) == (expected, "")
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -117,8 +117,9 @@ def test_offline(tiny_model_dir: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_it_prunes_as_torch_does(tiny_model_dir: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
-    torch_model = nncf.compress(tiny_model(), algorithm=Scap(sparsity=0.4), dataset=TEXTS, tokenizer=tiny_tokenizer)
-    model = pipelines.from_pretrained(tiny_model_dir, algorithm=Scap(sparsity=0.4), dataset=TEXTS, ov_config=EXACT)
+    scap = Scap(sparsity=0.4, allocation="uniform")  # an IR has no gradients to allocate by
+    torch_model = nncf.compress(tiny_model(), algorithm=scap, dataset=TEXTS, tokenizer=tiny_tokenizer)
+    model = pipelines.from_pretrained(tiny_model_dir, algorithm=scap, dataset=TEXTS, ov_config=EXACT)
     ours = {layer.name: layer.threshold for layer in scap_nncf.get_controller(model).plan.layers}
     theirs = {layer.name: layer.threshold for layer in scap_nncf.get_controller(torch_model).plan.layers}
     assert ours.keys() == theirs.keys()
@@ -321,7 +322,7 @@ def test_optimum_cli_has_the_command(tiny_model_dir: str, tmp_path: Path) -> Non
     assert len(flags) > 20
     assert all(flag in helped.stdout for flag in flags)
     done = subprocess.run(
-        [*command, "--model", tiny_model_dir, str(tmp_path / "m"), "--sparsity", "0.3", *FAST],
+        [*command, "--model", tiny_model_dir, str(tmp_path / "m"), "--sparsity", "all=0.3", *FAST],
         capture_output=True,
         text=True,
     )
@@ -333,7 +334,7 @@ def test_python_export_is_the_same_code(tiny_model_dir: str, tmp_path: Path) -> 
     folder = pipelines.export(
         tiny_model_dir,
         tmp_path / "m",
-        algorithm=Scap(sparsity=0.3),
+        algorithm=Scap(sparsity={"all": 0.3}),
         dataset=TEXTS,
         arguments=["--weight-format", "int8"],
     )

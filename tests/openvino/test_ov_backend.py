@@ -395,7 +395,7 @@ def test_names(friendly: str, expected: str) -> None:
     [
         ({"tokens": np.ones((1, 3), np.int64)}, "'tokens', which is no input .* input_ids i64"),
         ({"attention_mask": np.ones((1, 3), np.int64)}, "does not feed input_ids"),
-        ({"input_ids": np.ones(3, np.int64)}, r"shape \[3\], the model expects"),
+        ({"input_ids": np.ones((1, 3, 2), np.int64)}, r"shape \[1, 3, 2\], the model expects"),
         ({"input_ids": np.ones((1, 3), np.float32)}, "is float32, the model expects i64"),
         ({"input_ids": np.ones((1, 3), np.int64), "attention_mask": "all"}, "attention_mask .* is str, expected"),
         ([np.ones((1, 3), np.int64)] * 5, "5 tensors, but the model has 4 inputs"),

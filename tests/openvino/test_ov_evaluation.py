@@ -38,7 +38,7 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("prune", ["all", "decode"])
 def test_equals_torch(optimum_model, tiny_llama, tiny_tokenizer, batches, data, prune):
-    sparse = scap_nncf.compress(tiny_llama, dataset=batches(), sparsity=0.5, prune=prune)
+    sparse = scap_nncf.compress(tiny_llama, dataset=batches(), sparsity={"all": 0.5}, prune=prune)
     plan = scap_nncf.get_controller(sparse).plan
     scap_nncf.get_controller(sparse).strip()
     arguments = {"plan": plan, "tasks": ["mine"], "data": data, "perplexity": [data / "text.txt"], "context": 48}
