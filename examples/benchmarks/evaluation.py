@@ -119,14 +119,22 @@ def agreement(args: argparse.Namespace) -> None:
             args.output.write_text(json.dumps(data, indent=1) + "\n")
 
 
+def _names(part: dict[str, Any]) -> list[str]:
+    return [run["name"] for run in part["runs"]]
+
+
 def merge(args: argparse.Namespace) -> None:
     """One `evaluation_results.json` from those of single tasks: tasks side by side, sparsity averaged over them."""
     files = sorted(args.runs.glob("*/evaluation_results.json"))
     parts = [json.loads(file.read_text()) for file in files]
     whole = parts[0]
-    names = [run["name"] for run in whole["runs"]]
-    if any([run["name"] for run in part["runs"]] != names for part in parts):
-        raise SystemExit(f"the runs differ: {', '.join(map(str, files))}")
+    names = [run["name"] for run in whole["runs"] if all(run["name"] in _names(part) for part in parts)]
+    for part in parts:  # what only some of the tasks have is left out
+        part["runs"] = [run for run in part["runs"] if run["name"] in names]
+        for task in part["tasks"]:
+            for key in ("values", "outcomes", "changes"):
+                task[key] = {name: value for name, value in task[key].items() if name in names}
+    whole["mean_change"] = {}
     whole["tasks"] = [task for part in parts for task in part["tasks"]]
     whole["args"]["tasks"] = [task["task"] for task in whole["tasks"]]
     for index, name in enumerate(names):
