@@ -188,62 +188,72 @@ class SparseFC : public ov::op::Op {
  public:
   OPENVINO_OP("ScapSparseFC", "extension");  // Python can read operations of this opset alone
 
-  SparseFC() = default;
-  SparseFC(const ov::OutputVector& inputs, Attributes attributes, std::shared_ptr<Packed> packed = nullptr)
-      : Op(inputs), a_(std::move(attributes)) {
-    if (packed) packed_ = std::move(packed);
+  SparseFC() : packed_(std::make_shared<Packed>()) {}
+  SparseFC(const ov::OutputVector& inputs, Attributes attributes)
+      : Op(inputs), a_(std::make_shared<Attributes>(std::move(attributes))), packed_(std::make_shared<Packed>()) {
+    constructor_validate_and_infer_types();
+  }
+  // A copy. The plugin makes one for each call of a model with dynamic shapes, to know the shapes of the outputs: it
+  // shares what it can and is not checked anew where its weights are the same ones, or stand-ins for shapes.
+  SparseFC(const ov::OutputVector& inputs, const SparseFC& other, bool same, bool trusted)
+      : Op(inputs), a_(other.a_), trusted_(trusted), mode_(other.mode_), taus_(other.taus_) {
+    if (same || trusted) packed_ = other.packed_;
+    else packed_ = std::make_shared<Packed>();
     constructor_validate_and_infer_types();
   }
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
-    visitor.on_attribute("version", a_.version);
-    visitor.on_attribute("in_features", a_.in_features);
-    visitor.on_attribute("names", a_.names);
-    visitor.on_attribute("out_features", a_.out_features);
-    visitor.on_attribute("formats", a_.formats);
-    visitor.on_attribute("groups", a_.groups);
-    visitor.on_attribute("scales", a_.scales);
-    visitor.on_attribute("zero_bits", a_.zero_bits);
-    visitor.on_attribute("transposed", a_.transposed);
-    visitor.on_attribute("biases", a_.biases);
-    visitor.on_attribute("corrections", a_.corrections);
-    visitor.on_attribute("thresholds", a_.thresholds);
-    visitor.on_attribute("mode", a_.mode);
-    visitor.on_attribute("activation", a_.activation);
-    visitor.on_attribute("policy", a_.policy);
-    visitor.on_attribute("stock", a_.stock);
+    visitor.on_attribute("version", a_->version);
+    visitor.on_attribute("in_features", a_->in_features);
+    visitor.on_attribute("names", a_->names);
+    visitor.on_attribute("out_features", a_->out_features);
+    visitor.on_attribute("formats", a_->formats);
+    visitor.on_attribute("groups", a_->groups);
+    visitor.on_attribute("scales", a_->scales);
+    visitor.on_attribute("zero_bits", a_->zero_bits);
+    visitor.on_attribute("transposed", a_->transposed);
+    visitor.on_attribute("biases", a_->biases);
+    visitor.on_attribute("corrections", a_->corrections);
+    visitor.on_attribute("thresholds", a_->thresholds);
+    visitor.on_attribute("mode", a_->mode);
+    visitor.on_attribute("activation", a_->activation);
+    visitor.on_attribute("policy", a_->policy);
+    visitor.on_attribute("stock", a_->stock);
     return true;
   }
 
   void validate_and_infer_types() override {
-    check_attributes();
-    check_inputs();
+    if (!trusted_) {
+      check_attributes();
+      check_inputs();
+    }
     ov::PartialShape shape = get_input_partial_shape(0);
     const ov::element::Type type = get_input_element_type(0);
     NODE_VALIDATION_CHECK(this, type.is_dynamic() || type == ov::element::f32 || type == ov::element::f16 ||
                                     type == ov::element::bf16,
                           "x is ", type, ", expected f32, f16 or bf16");
     if (shape.rank().is_static()) {
-      NODE_VALIDATION_CHECK(this, shape.size() >= 1 && shape[shape.size() - 1].compatible(a_.in_features), "x has shape ",
-                            shape, ", expected [..., ", a_.in_features, "]");
+      NODE_VALIDATION_CHECK(this, shape.size() >= 1 && shape[shape.size() - 1].compatible(a_->in_features), "x has shape ",
+                            shape, ", expected [..., ", a_->in_features, "]");
     }
     set_output_size(outputs());
     for (size_t i = 0; i < outputs(); ++i) {
       ov::PartialShape out = shape;
-      if (out.rank().is_static()) out[out.size() - 1] = a_.out_features[i];
+      if (out.rank().is_static()) out[out.size() - 1] = a_->out_features[i];
       set_output_type(i, type, out);
     }
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
     // packed weights are shared where the stock ones are
-    bool same = inputs.size() == get_input_size();
-    for (size_t i = first(); same && i < inputs.size(); ++i) {
-      const auto mine = ov::as_type_ptr<ov::op::v0::Constant>(get_input_node_shared_ptr(i));
-      const auto other = ov::as_type_ptr<ov::op::v0::Constant>(inputs[i].get_node_shared_ptr());
-      same = mine && other && mine->get_data_ptr() == other->get_data_ptr();
+    bool same = inputs.size() == get_input_size(), stand_ins = same;
+    for (size_t i = first(); (same || stand_ins) && i < inputs.size(); ++i) {
+      const auto* other = dynamic_cast<const ov::op::v0::Constant*>(inputs[i].get_node());
+      const auto* mine = other ? dynamic_cast<const ov::op::v0::Constant*>(get_input_node_ptr(i)) : nullptr;
+      same = same && mine && other && mine->get_data_ptr() == other->get_data_ptr();
+      stand_ins = stand_ins && !other && inputs[i].get_partial_shape() == get_input_partial_shape(i);
     }
-    return std::make_shared<SparseFC>(inputs, a_, same ? packed_ : nullptr);
+    return std::make_shared<SparseFC>(inputs, *this, same, same || stand_ins);
   }
 
   bool has_evaluate() const override { return true; }
@@ -254,28 +264,28 @@ class SparseFC : public ov::op::Op {
     if (!packed.ready.load(std::memory_order_acquire)) pack(ins);
     const ov::Tensor& x = ins[0];
     ov::Shape shape = x.get_shape();
-    OPENVINO_ASSERT(!shape.empty() && int64_t(shape.back()) == a_.in_features, "SparseFC: x has shape ", shape,
-                    ", expected [..., ", a_.in_features, "]");
+    OPENVINO_ASSERT(!shape.empty() && int64_t(shape.back()) == a_->in_features, "SparseFC: x has shape ", shape,
+                    ", expected [..., ", a_->in_features, "]");
     scap_call call{};
-    call.rows = int64_t(x.get_size()) / a_.in_features;
-    call.k = a_.in_features;
+    call.rows = int64_t(x.get_size()) / a_->in_features;
+    call.k = a_->in_features;
     call.x = x.data();
     call.x_type = type_of(x.get_element_type());
     void* results[64];
     for (size_t i = 0; i < outputs(); ++i) {
-      shape.back() = size_t(a_.out_features[i]);
+      shape.back() = size_t(a_->out_features[i]);
       outs[i].set_shape(shape);
       OPENVINO_ASSERT(outs[i].get_element_type() == x.get_element_type(), "SparseFC: x is ", x.get_element_type(),
                       " and the output ", outs[i].get_element_type());
       results[i] = outs[i].data();
     }
     if (call.rows == 0) return true;
-    const bool prune = !a_.policy || *static_cast<const uint8_t*>(ins[1].data()) != 0;
+    const bool prune = !a_->policy || *static_cast<const uint8_t*>(ins[1].data()) != 0;
     uint64_t dropped[64] = {};
     call.weights = prune ? packed.pruned.data() : packed.dense.data();
     call.mode = prune ? mode_ : 0.0f;
-    call.count = int32_t(a_.names.size());
-    call.activation = activation_of(a_.activation);
+    call.count = int32_t(a_->names.size());
+    call.activation = activation_of(a_->activation);
     call.outputs = results;
     call.dropped = dropped;
     call.parallel = run_parallel;
@@ -283,82 +293,82 @@ class SparseFC : public ov::op::Op {
     const int status = scap_run(&call);
     OPENVINO_ASSERT(status == 0, "SparseFC failed with status ", status, status == -2 ? ": out of memory" : "");
     if (prune) {
-      for (size_t i = 0; i < a_.names.size(); ++i) packed.dropped[i].fetch_add(dropped[i], std::memory_order_relaxed);
+      for (size_t i = 0; i < a_->names.size(); ++i) packed.dropped[i].fetch_add(dropped[i], std::memory_order_relaxed);
       packed.seen.fetch_add(uint64_t(call.rows * call.k), std::memory_order_relaxed);
     }
     return true;
   }
 
  private:
-  size_t outputs() const { return a_.activation == "none" ? a_.names.size() : 1; }
-  size_t first() const { return a_.policy ? 2 : 1; }
+  size_t outputs() const { return a_->activation == "none" ? a_->names.size() : 1; }
+  size_t first() const { return a_->policy ? 2 : 1; }
 
   static int32_t type_of(const ov::element::Type& type) {
     return type == ov::element::f32 ? SCAP_F32 : type == ov::element::f16 ? SCAP_F16 : SCAP_BF16;
   }
 
   void check_attributes() {
-    NODE_VALIDATION_CHECK(this, a_.version == 1, "attribute version is ", a_.version,
+    NODE_VALIDATION_CHECK(this, a_->version == 1, "attribute version is ", a_->version,
                           ", this extension reads 1; use the scap-nncf that wrote the model");
-    const size_t count = a_.names.size();
+    const size_t count = a_->names.size();
     NODE_VALIDATION_CHECK(this, count >= 1 && count <= 64, "names has ", count, " layers, expected 1 to 64");
-    const bool equal = a_.formats.size() == count && a_.scales.size() == count && a_.thresholds.size() == count &&
-                       a_.out_features.size() == count && a_.groups.size() == count && a_.zero_bits.size() == count &&
-                       a_.transposed.size() == count && a_.biases.size() == count && a_.corrections.size() == count;
+    const bool equal = a_->formats.size() == count && a_->scales.size() == count && a_->thresholds.size() == count &&
+                       a_->out_features.size() == count && a_->groups.size() == count && a_->zero_bits.size() == count &&
+                       a_->transposed.size() == count && a_->biases.size() == count && a_->corrections.size() == count;
     NODE_VALIDATION_CHECK(this, equal, "the attributes of layers differ in length; expected ", count, " values each");
     constexpr int64_t most = std::numeric_limits<int32_t>::max() / 2;
-    NODE_VALIDATION_CHECK(this, a_.in_features >= 1 && a_.in_features <= most, "in_features is ", a_.in_features);
-    NODE_VALIDATION_CHECK(this, read_float(a_.mode, &mode_), "mode is '", a_.mode, "', expected a number");
-    const int activation = activation_of(a_.activation);
-    NODE_VALIDATION_CHECK(this, activation >= 0, "unknown activation '", a_.activation, "'");
-    NODE_VALIDATION_CHECK(this, activation == 0 || (count == 2 && a_.out_features[0] == a_.out_features[1]),
+    NODE_VALIDATION_CHECK(this, a_->in_features >= 1 && a_->in_features <= most, "in_features is ", a_->in_features);
+    NODE_VALIDATION_CHECK(this, read_float(a_->mode, &mode_), "mode is '", a_->mode, "', expected a number");
+    const int activation = activation_of(a_->activation);
+    NODE_VALIDATION_CHECK(this, activation >= 0, "unknown activation '", a_->activation, "'");
+    NODE_VALIDATION_CHECK(this, activation == 0 || (count == 2 && a_->out_features[0] == a_->out_features[1]),
                           "an activation needs two layers, gate and up, of one width");
     taus_.assign(count, -1.0f);
     for (size_t i = 0; i < count; ++i) {
-      const Format* format = format_of(a_.formats[i]);
-      NODE_VALIDATION_CHECK(this, format, "unknown weight format '", a_.formats[i], "' of ", a_.names[i]);
+      const Format* format = format_of(a_->formats[i]);
+      NODE_VALIDATION_CHECK(this, format, "unknown weight format '", a_->formats[i], "' of ", a_->names[i]);
       const bool is_float = format->type <= SCAP_BF16;
-      const Format* scale = format_of(a_.scales[i]);
-      NODE_VALIDATION_CHECK(this, is_float ? a_.scales[i] == "none" : scale && scale->type <= SCAP_BF16,
-                            "scales of ", a_.names[i], " are '", a_.scales[i], "'");
-      NODE_VALIDATION_CHECK(this, a_.out_features[i] >= 1 && a_.out_features[i] <= most, "out_features of ", a_.names[i],
-                            " is ", a_.out_features[i]);
-      NODE_VALIDATION_CHECK(this, a_.groups[i] >= 1 && a_.in_features % a_.groups[i] == 0, "the group of ", a_.names[i],
-                            " is ", a_.groups[i], ", which does not divide ", a_.in_features);
-      NODE_VALIDATION_CHECK(this, a_.zero_bits[i] == 0 || (!is_float && a_.zero_bits[i] == format->bits),
-                            "zero points of ", a_.names[i], " have ", a_.zero_bits[i], " bits");
-      NODE_VALIDATION_CHECK(this, read_float(a_.thresholds[i], &taus_[i]), "the threshold of ", a_.names[i], " is '",
-                            a_.thresholds[i], "', expected a number");
+      const Format* scale = format_of(a_->scales[i]);
+      NODE_VALIDATION_CHECK(this, is_float ? a_->scales[i] == "none" : scale && scale->type <= SCAP_BF16,
+                            "scales of ", a_->names[i], " are '", a_->scales[i], "'");
+      NODE_VALIDATION_CHECK(this, a_->out_features[i] >= 1 && a_->out_features[i] <= most, "out_features of ", a_->names[i],
+                            " is ", a_->out_features[i]);
+      NODE_VALIDATION_CHECK(this, a_->groups[i] >= 1 && a_->in_features % a_->groups[i] == 0, "the group of ", a_->names[i],
+                            " is ", a_->groups[i], ", which does not divide ", a_->in_features);
+      NODE_VALIDATION_CHECK(this, a_->zero_bits[i] == 0 || (!is_float && a_->zero_bits[i] == format->bits),
+                            "zero points of ", a_->names[i], " have ", a_->zero_bits[i], " bits");
+      NODE_VALIDATION_CHECK(this, read_float(a_->thresholds[i], &taus_[i]), "the threshold of ", a_->names[i], " is '",
+                            a_->thresholds[i], "', expected a number");
     }
   }
 
-  size_t groups_of(size_t i) const { return size_t(a_.in_features / a_.groups[i]); }
+  size_t groups_of(size_t i) const { return size_t(a_->in_features / a_->groups[i]); }
 
   // Bytes of each input of layer i.
   std::vector<size_t> sizes_of(size_t i) const {
-    const Format& format = *format_of(a_.formats[i]);
-    const size_t n = size_t(a_.out_features[i]), elements = n * size_t(a_.in_features);
+    const Format& format = *format_of(a_->formats[i]);
+    const size_t n = size_t(a_->out_features[i]), elements = n * size_t(a_->in_features);
     std::vector<size_t> sizes{(elements * size_t(format.bits) + 7) / 8};
-    if (format.type >= SCAP_U8) sizes.push_back(n * groups_of(i) * (a_.scales[i] == "f32" ? 4 : 2));
-    if (a_.zero_bits[i]) sizes.push_back((n * groups_of(i) * size_t(a_.zero_bits[i]) + 7) / 8);
-    if (a_.biases[i]) sizes.push_back(4 * n);
-    if (a_.corrections[i]) sizes.push_back(4 * n);
+    if (format.type >= SCAP_U8) sizes.push_back(n * groups_of(i) * (a_->scales[i] == "f32" ? 4 : 2));
+    if (a_->zero_bits[i]) sizes.push_back((n * groups_of(i) * size_t(a_->zero_bits[i]) + 7) / 8);
+    if (a_->biases[i]) sizes.push_back(4 * n);
+    if (a_->corrections[i]) sizes.push_back(4 * n);
     return sizes;
   }
 
   void check_inputs() {
     size_t at = first();
-    for (size_t i = 0; i < a_.names.size(); ++i) {
+    for (size_t i = 0; i < a_->names.size(); ++i) {
       for (const size_t bytes : sizes_of(i)) {
-        NODE_VALIDATION_CHECK(this, at < get_input_size(), a_.names[i], " lacks weights: input ", at, " is missing");
+        NODE_VALIDATION_CHECK(this, at < get_input_size(), a_->names[i], " lacks weights: input ", at, " is missing");
         const ov::PartialShape& shape = get_input_partial_shape(at);
         const ov::Node* node = get_input_node_ptr(at);
         const bool constant = dynamic_cast<const ov::op::v0::Constant*>(node) != nullptr;
         NODE_VALIDATION_CHECK(this, constant || dynamic_cast<const ov::op::v0::Parameter*>(node), "input ", at, " of ",
-                              a_.names[i], " is a ", node->get_type_name(), "; weights must be Constants");
+                              a_->names[i], " is a ", node->get_type_name(), "; weights must be Constants");
         NODE_VALIDATION_CHECK(this, get_input_element_type(at) == ov::element::u8 && shape.is_static() &&
                                         shape.size() == 1 && size_t(shape[0].get_length()) == bytes,
-                              "input ", at, " of ", a_.names[i], " is ", get_input_element_type(at), " ", shape,
+                              "input ", at, " of ", a_->names[i], " is ", get_input_element_type(at), " ", shape,
                               ", expected u8 [", bytes, "]");
         ++at;
       }
@@ -370,7 +380,7 @@ class SparseFC : public ov::op::Op {
     Packed& packed = *packed_;
     std::lock_guard<std::mutex> lock(packed.mutex);
     if (packed.ready) return;
-    const size_t count = a_.names.size();
+    const size_t count = a_->names.size();
     packed.pruned.clear();
     packed.dense.clear();
     packed.biases.clear();
@@ -378,22 +388,22 @@ class SparseFC : public ov::op::Op {
     size_t at = first();
     for (size_t i = 0; i < count; ++i) {
       for (const size_t bytes : sizes_of(i)) {
-        OPENVINO_ASSERT(ins[at].get_byte_size() == bytes, "SparseFC: weights of ", a_.names[i], " have ",
+        OPENVINO_ASSERT(ins[at].get_byte_size() == bytes, "SparseFC: weights of ", a_->names[i], " have ",
                         ins[at].get_byte_size(), " bytes, expected ", bytes);
         ++at;
       }
     }
     at = first();
     for (size_t i = 0; i < count; ++i) {
-      const Format& format = *format_of(a_.formats[i]);
-      const int64_t n = a_.out_features[i], k = a_.in_features, groups = int64_t(groups_of(i));
-      const bool across = a_.transposed[i] != 0;
+      const Format& format = *format_of(a_->formats[i]);
+      const int64_t n = a_->out_features[i], k = a_->in_features, groups = int64_t(groups_of(i));
+      const bool across = a_->transposed[i] != 0;
       const ov::Tensor& stock = ins[at++];
       scap_source source{};
       source.data = stock.data();
       source.n = n;
       source.k = k;
-      source.group = a_.groups[i];
+      source.group = a_->groups[i];
       source.stride_n = across ? 1 : k;
       source.stride_k = across ? n : 1;
       source.scale_stride_n = across ? 1 : groups;
@@ -403,18 +413,18 @@ class SparseFC : public ov::op::Op {
       source.scale_type = SCAP_NONE;
       if (format.type >= SCAP_U8) {
         source.scale = ins[at++].data();
-        source.scale_type = format_of(a_.scales[i])->type;
+        source.scale_type = format_of(a_->scales[i])->type;
       }
-      source.zero_bits = int32_t(a_.zero_bits[i]);
+      source.zero_bits = int32_t(a_->zero_bits[i]);
       if (source.zero_bits) source.zero = ins[at++].data();
-      const void* bias = a_.biases[i] ? ins[at++].data() : nullptr;
-      const void* correction = a_.corrections[i] ? ins[at++].data() : nullptr;
+      const void* bias = a_->biases[i] ? ins[at++].data() : nullptr;
+      const void* correction = a_->corrections[i] ? ins[at++].data() : nullptr;
       scap_weight weight{};
       const int64_t bytes = scap_pack_bytes(&source, parallel_get_max_threads(), &weight);
-      OPENVINO_ASSERT(bytes > 0, "SparseFC: cannot pack the weights of ", a_.names[i]);
+      OPENVINO_ASSERT(bytes > 0, "SparseFC: cannot pack the weights of ", a_->names[i]);
       packed.memory.push_back(Arena::get(size_t(bytes)));
       const int status = scap_pack(&source, &weight, packed.memory.back().get(), run_parallel, nullptr);
-      OPENVINO_ASSERT(status == 0, "SparseFC: cannot pack the weights of ", a_.names[i]);
+      OPENVINO_ASSERT(status == 0, "SparseFC: cannot pack the weights of ", a_->names[i]);
       release_file_pages(stock.data(), stock.get_byte_size());
       scap_weight dense = weight;
       weight.threshold = taus_[i];
@@ -423,7 +433,7 @@ class SparseFC : public ov::op::Op {
       packed.pruned.push_back(weight);
       packed.dense.push_back(dense);
     }
-    packed.names = a_.names;
+    packed.names = a_->names;
     packed.dropped.reset(new std::atomic<uint64_t>[count]());
     Registry& registry = Registry::get();
     {
@@ -452,10 +462,11 @@ class SparseFC : public ov::op::Op {
     return packed_->biases.back().get();
   }
 
-  Attributes a_;
+  std::shared_ptr<Attributes> a_ = std::make_shared<Attributes>();
+  bool trusted_ = false;  // a copy of a node that was checked
   float mode_ = 0.0f;
   std::vector<float> taus_;
-  std::shared_ptr<Packed> packed_ = std::make_shared<Packed>();
+  std::shared_ptr<Packed> packed_;
 };
 
 }  // namespace scap
