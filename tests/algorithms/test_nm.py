@@ -201,6 +201,7 @@ def test_names_of_mitigations() -> None:
 
 @pytest.mark.parametrize("what", ["l-pts", "ls", "var+l-pts", "l-pts+ls+r-sparse"])
 def test_learning_lowers_the_error_on_other_data(what: str) -> None:
+    torch.manual_seed(0)  # how much there is to gain depends on the weights
     dense, data, other = Pair(), pair_data(24), pair_data(3)
     fixed = "+".join(part for part in what.split("+") if part in ("var", "r-sparse")) or None
     results = []
