@@ -87,10 +87,11 @@ def test_exactly_n_of_m_in_every_token_of_any_batch(
     model = build_tiny_model(family, dtype=dtype, seed=seed % 1000)
     (sample,) = make_batches(1, batch=batch, length=11, seed=seed)
     nncf.compress(model, algorithm="nm", pattern=pattern)
-    for x in inputs_of(model, sample).values():
+    for name, x in inputs_of(model, sample).items():
         nonzero = (x.reshape(*x.shape[:-1], -1, m) != 0).sum(-1)
         assert (nonzero <= n).all()
-        assert (nonzero == n).float().mean() > (0.3 if family == "opt" else 0.99)  # ReLU leaves fewer
+        if not (family == "opt" and name.endswith("fc2")):  # a ReLU leaves as many as it likes
+            assert (nonzero == n).float().mean() > 0.99
 
 
 def test_a_token_does_not_depend_on_its_batch(tiny_llama: nn.Module, batches: Factory) -> None:
